@@ -1,0 +1,307 @@
+"""Is this a cry for help, and may this answer be shown: rules before and after the model.
+
+The rules are data (`safety_rules.tsv`). They miss things; nothing here scores or predicts risk.
+"""
+
+import csv
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RULES_FILE = Path(__file__).with_name("safety_rules.tsv")
+SUPPRESSORS = ("idiom", "information", "recovered", "fiction", "work", "denial")
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What the rules found: flagged or not, which kinds, and by which rules."""
+
+    flag: bool
+    kinds: tuple[str, ...] = ()
+    rule_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of `safety_rules.tsv`, its pattern compiled."""
+
+    id: str
+    kind: str
+    pattern: re.Pattern[str]
+    example: str
+    counter_example: str
+    replacement: str = ""
+
+
+@dataclass(frozen=True)
+class Helpline:
+    """Where a person can be reached, and when that was last looked up."""
+
+    region: str
+    name: str
+    number: str
+    url: str
+    source: str
+    checked_on: str
+
+
+HELPLINES = (
+    Helpline("everywhere", "local emergency number", "", "", "", "not re-checked"),
+    Helpline(
+        "everywhere", "a helpline in your country", "", "https://findahelpline.com",
+        "https://findahelpline.com", "not re-checked",
+    ),
+    Helpline(
+        "US, Canada", "Suicide and Crisis Lifeline / Helpline", "988", "https://988lifeline.org",
+        "https://en.wikipedia.org/wiki/Suicide_and_Crisis_Lifeline", "2026-11-24",
+    ),
+    Helpline(
+        "UK, Ireland", "Samaritans", "116 123", "https://www.samaritans.org",
+        "https://www.samaritans.org/how-we-can-help/contact-samaritan/", "2026-11-24",
+    ),
+    Helpline(
+        "India", "Tele-MANAS", "14416", "https://telemanas.mohfw.gov.in",
+        "https://www.thehawk.in/news/health/tele-manas-mental-health-helpline-handles-over-"
+        "238-lakh-calls-since-2022-prataprao-jadhav", "2026-11-24",
+    ),
+)  # fmt: skip
+
+BLOCKED_REPLY = (
+    "I would rather not say what I was about to write: it could be wrong or do harm. I am a "
+    "program, not a doctor. A doctor or a pharmacist can answer this safely. If you feel unsafe, "
+    "please call your local emergency number, or find a helpline at https://findahelpline.com."
+)
+
+LOOK_ALIKES = str.maketrans("аеорсухіѕјԁһкмтвногαεοικνρτυχ", "aeopcyxisjdhkmtbhoraeoiknptux")
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+LEET = str.maketrans("013457@$!|", "oieastasil")
+LEET_WORD = re.compile(r"(?<!\w)(?!\d+[a-z]{1,3}\b)[\w@$!|]*[a-z][\w@$!|]*\w")
+SPACED = re.compile(r"(?<!\w)(?:\w[ .\-_*]{1,2}){3,}\w(?!\w)")
+RUN_WORDS = re.compile(
+    r"(?:(?:wanna|want|gonna|going|need|wish|to|die|dead|kill|myself|my|self|life|end|it|all|"
+    r"suicidal|suicide|kys|kms|i|am|im|was|were|not|dont|be|alive|live|hurt|cut|harm|commit|take|own))"
+)
+
+
+
+def _read_rules() -> tuple[Rule, ...]:
+    """Read the table; a row of kind `word` names a part, which `{name}` in later patterns means."""
+    rules, words = [], {}
+    with RULES_FILE.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            pattern, _, put = row["pattern"].partition(" => ")
+            pattern = re.sub(r"\{([a-z_]+)\}", lambda m: f"(?:{words[m[1]]})", pattern)
+            if row["kind"] == "word":
+                words[row["id"]] = pattern
+                continue
+            if row["kind"] not in ("chinese", "spelling") and not row["id"].startswith("zh"):
+                pattern = rf"\b(?:{pattern})(?!\w)"
+            shown = row["example"], row["counter_example"]
+            rules.append(Rule(row["id"], row["kind"], re.compile(pattern), *shown, put))
+    return tuple(rules)
+
+
+RULES = _read_rules()
+INPUT_RULES = tuple(r for r in RULES if r.kind not in (*SUPPRESSORS, "output", "spelling"))
+SPELLINGS = tuple(r for r in RULES if r.kind == "spelling")
+INPUT_SUPPRESSORS = tuple(r for r in RULES if r.kind in SUPPRESSORS)
+OUTPUT_RULES = tuple(r for r in RULES if r.kind == "output")
+SENTENCE_END = re.compile(r"[.!?。…]+(?=\s|$|[^\x00-\x7f])")
+CLAUSE_END = re.compile(
+    SENTENCE_END.pattern + r"|[,;:()—–]| - | (?:but|and|because|so|although|though|however|yet) "
+)
+FIRST_PERSON = re.compile(r"\b(?:i|me|my|myself)\b")
+NEGATION = re.compile(r"\b(?:not|never|no|nothing|nobody)\b")
+PAST = re.compile(
+    r"\b(?:was|were|had|did|\w+ed|thought|felt|cut|hurt|lost|wrote|self-harm|attempt)\b"
+)
+
+
+def normalise(text: str) -> str:
+    """Bring a message into the plain form that the rules are written for.
+
+    Small letters without accents, no invisible marks, look-alikes as Latin letters, digits inside
+    words as letters, spaced letters joined, long repeats cut, contractions and common typos
+    written out. It is for the rules alone: the page shows what was typed.
+
+    Args:
+        text: what a person typed.
+
+    Returns:
+        The plain form, on one line.
+
+    Example:
+        >>> normalise("I don\u2019t w4nt to l i v e anymoreeee")
+        'i do not want to live anymore'
+    """
+    text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = text.translate(LOOK_ALIKES)
+    text = re.sub(r"\bki11\b", "kill", re.sub(r"\b2 ?(?=die|kill|end|live|be\b|hurt)", "to ", text))
+    text = LEET_WORD.sub(lambda m: m[0].translate(LEET), text)
+    text = SPACED.sub(lambda m: _split_run(re.sub(r"[ .\-_*]", "", m[0])), text)
+    text = re.sub(r"(?<!\w)\w{9,}(?!\w)", lambda m: _split_run(m[0]), text)
+    for rule in SPELLINGS:
+        text = rule.pattern.sub(rule.replacement, text)
+    return " ".join(text.split())
+
+
+def _split_run(run: str) -> str:
+    """Set spaces between words written as one, if all of them are words of a disclosure."""
+    parts = RUN_WORDS.findall(run)
+    return " ".join(parts) if "".join(parts) == run else run
+
+
+def _around(text: str, start: int, end: int, stop: re.Pattern[str]) -> tuple[int, int]:
+    """The stretch around a span up to the stops on both sides."""
+    low = max((m.end() for m in stop.finditer(text, 0, start)), default=0)
+    after = stop.search(text, end)
+    return low, after.start() if after else len(text)
+
+
+def _is_past(risk: re.Match[str]) -> bool:
+    """Whether the match, or the words just before it, stand in the past tense."""
+    return bool(PAST.search(risk.string, max(0, risk.start() - 30), risk.end()))
+
+
+def _takes_back(other: Rule, found: re.Match[str], risk: re.Match[str], kind: str) -> bool:
+    """Whether a suppressor found in the same sentence speaks of this very match."""
+    touches = found.start() <= risk.end() + 1 and found.end() >= risk.start() - 1
+    if touches or other.kind in ("idiom", "denial"):
+        negated = other.kind == "denial" and NEGATION.search(risk[0])
+        return touches and not negated and (other.kind != "recovered" or _is_past(risk))
+    if other.kind == "recovered":
+        return _is_past(risk)
+    if not FIRST_PERSON.search(risk[0]):
+        return kind != "means_seeking"
+    low, high = _around(risk.string, *risk.span(), CLAUSE_END)
+    return found.start() >= low and found.end() <= high
+
+
+def _spared(risk: re.Match[str], kind: str) -> bool:
+    """Whether a suppressor takes this one match back; other matches of the message stand."""
+    sentence = _around(risk.string, *risk.span(), SENTENCE_END)
+    return any(
+        _takes_back(other, found, risk, kind)
+        for other in INPUT_SUPPRESSORS
+        for found in other.pattern.finditer(risk.string, *sentence)
+    )
+
+
+def _matches(text: str) -> Iterator[Rule]:
+    """The rules that match a plain text and are not taken back."""
+    for rule in INPUT_RULES:
+        if any(not _spared(found, rule.kind) for found in rule.pattern.finditer(text)):
+            yield rule
+
+
+def _screen(rules: Sequence[Rule]) -> Screen:
+    """Rules to result, each name once, in the order of the table."""
+    kinds, ids = dict.fromkeys(r.kind for r in rules), dict.fromkeys(r.id for r in rules)
+    return Screen(bool(ids), tuple(kinds), tuple(ids))
+
+
+def screen_input(text: str, history: Sequence[str] = ()) -> Screen:
+    """Look for a sign of danger in a message, in each earlier one and in the last three together.
+
+    An earlier flagged message keeps the conversation flagged, whatever is said later.
+
+    Args:
+        text: what the person typed now.
+        history: the same person's earlier messages, oldest first.
+
+    Returns:
+        A `Screen`; not a risk score, and no proof of safety when nothing is found.
+
+    Example:
+        >>> screen_input("This traffic makes me want to die lol").flag
+        False
+        >>> screen_input("I'm fine, just joking", ["I want to die"]).kinds
+        ('direct',)
+    """
+    turns = [normalise(turn) for turn in (*history, text)]
+    joined = [" ".join(turns[-3:])] if history else []
+    return _screen([rule for turn in turns + joined for rule in _matches(turn)])
+
+
+NUMBER = re.compile(r"(?<![\w.,])\+?\(?\d(?:[ ()./-]{0,2}\d){2,}(?!\w)")
+YEAR = re.compile(r"(?:1[89]|20)\d\d(?:-(?:1[89]|20)?\d\d)?")
+CALL = re.compile(r"(?i:call|dial|text|phone|ring|number|line|contact|tel\w*|sms)\b.{0,40}$")
+LINK = re.compile(
+    r"(?:https?://|www\.)\S+|\b[\w.-]+\.(?:com|org|net|uk|gov|edu|info|io|in|ca|au)\b"
+)
+
+
+def _foreign_contacts(text: str) -> Iterator[str]:
+    """The ids of checks that a link or a telephone number outside `HELPLINES` trips."""
+    hosts = {re.sub(r"https?://|www\.", "", line.url) for line in HELPLINES} - {""}
+    for found in LINK.finditer(text.casefold()):
+        host = re.sub(r"https?://|www\.", "", found[0]).split("/")[0].rstrip(".,;:!?)\"'")
+        if host not in hosts:
+            yield "out_link"
+    known = {line.number.replace(" ", "") for line in HELPLINES}
+    for found in NUMBER.finditer(text):
+        digits = re.sub(r"\D", "", found[0])
+        dialled = len(digits) >= 7 or CALL.search(text[: found.start()])
+        if dialled and digits not in known and not YEAR.fullmatch(found[0]):
+            yield "out_number"
+
+
+def screen_output(text: str) -> Screen:
+    """Look for what a model must not say here: means, doses, diagnoses, false claims, numbers.
+
+    Args:
+        text: a sentence or a whole answer of the model.
+
+    Returns:
+        A `Screen` of kind `output`; the caller shows `BLOCKED_REPLY` when it is flagged.
+
+    Example:
+        >>> screen_output("Do not stop your medicine without talking to your doctor.").flag
+        False
+        >>> screen_output("You can stop taking your medicine now.").flag
+        True
+    """
+    plain = normalise(text)
+    ids = [rule.id for rule in OUTPUT_RULES if rule.pattern.search(plain)]
+    ids += dict.fromkeys(_foreign_contacts(unicodedata.normalize("NFKC", text)))
+    return Screen(bool(ids), ("output",) if ids else (), tuple(ids))
+
+
+def crisis_reply(kinds: Sequence[str]) -> str:
+    """The fixed text that stands in for the model when a message is flagged.
+
+    Args:
+        kinds: the kinds of the `Screen`; only `third_person` gets the text for a worried other.
+
+    Returns:
+        What the chat shows, with the helplines of `HELPLINES`.
+
+    Example:
+        >>> crisis_reply(["third_person"]).startswith("Thank you for looking out")
+        True
+    """
+    rows = "\n".join(
+        f"- {' '.join(filter(None, (line.name, line.number)))} ({line.region})"
+        + (f": {line.url}" if line.url else "")
+        for line in HELPLINES
+    )
+    return f"{FOR_ANOTHER if set(kinds) == {'third_person'} else FOR_YOU}\n\n{rows}"
+
+
+FOR_YOU = (
+    "I am glad that you wrote this. It sounds as if you are carrying a great deal, and your safety "
+    "comes first. I am a program, not a person, and I cannot help in a crisis. Please reach a "
+    "person now: someone you trust who can be with you, or one of these. If you may act on these "
+    "thoughts, or have hurt yourself, call your local emergency number."
+)
+FOR_ANOTHER = (
+    "Thank you for looking out for them. I am a program, not a person, and I cannot judge how "
+    "great the danger is. Please take it seriously: ask them directly, stay with them if you can, "
+    "and reach a person now. If they may act on it soon, call your local emergency number. These "
+    "lines also advise people who are worried about someone else."
+)

@@ -1,0 +1,201 @@
+"""What SFTTrainer gets wrong or leaves out: the order of rows, fp32 adapters, plain progress."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+
+
+def row_order(
+    lengths: Sequence[int], rows_per_step: int, steps: int, seed: int = 0
+) -> list[int]:
+    """Lay out once, from the seed, which row is seen when; by length inside a step.
+
+    Every pass shuffles all rows anew, passes are laid end to end, and each step takes the next
+    `rows_per_step`. Inside a step rows are sorted, longest first, so that a micro-batch holds
+    rows of like length and little padding; the step's gradient does not depend on that order.
+    Feed the rows with `train_sampling_strategy="sequential"`: a run that resumes at step n
+    then sees just what an unbroken one would.
+
+    Args:
+        lengths: (n_rows,) int, tokens per row.
+        rows_per_step: batch size × accumulation × processes.
+        steps: optimizer steps.
+        seed: of the shuffles.
+
+    Returns:
+        `rows_per_step * steps` row numbers.
+
+    Raises:
+        ValueError: if there are no rows, or `steps` is not positive.
+
+    Example:
+        >>> row_order([5, 9, 7], rows_per_step=3, steps=2)    # two passes, each longest first
+        [1, 2, 0, 1, 2, 0]
+    """
+    if steps < 1:
+        raise ValueError(f"MAX_STEPS = {steps} trains nothing: set it to 1 or more")
+    if not len(lengths):
+        raise ValueError("no rows to train on: check DATASET")
+    x, wanted = np.asarray(lengths), rows_per_step * steps
+    generator = np.random.default_rng(seed)
+    passes = [generator.permutation(len(x)) for _ in range(-(-wanted // len(x)))]
+    table = np.concatenate(passes)[:wanted].reshape(steps, rows_per_step)
+    longest_first = np.argsort(-x[table], axis=1, kind="stable")
+    return np.take_along_axis(table, longest_first, axis=1).ravel().tolist()
+
+
+def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+    """Share of a batch's tokens that is padding, when rows come in `order`.
+
+    Args:
+        lengths: (n_rows,) int, tokens per row.
+        order: row numbers in the order in which they are fed.
+        batch_size: rows padded to one length together.
+
+    Returns:
+        Padding tokens over all tokens computed, 0 to 1.
+
+    Example:
+        >>> padding_share([10, 20], order=[0, 1], batch_size=2)    # 40 computed, 10 of them padding
+        0.25
+    """
+    x = np.asarray(lengths)[np.asarray(order)]
+    batches = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+    computed = sum(int(b.max()) * len(b) for b in batches)
+    return 1 - int(x.sum()) / computed
+
+
+def adapters_to_fp32(trainer: Trainer) -> int:
+    """Hold the trainable weights in float32, as fp16 training needs; call it before `train()`.
+
+    SFTTrainer casts the LoRA weights of a 4-bit model to bfloat16, whatever precision was asked
+    for. On a T4 the gradient scaler then stops: it has no bfloat16 kernel. On a CPU bfloat16
+    adapters are slow.
+
+    Args:
+        trainer: built, its optimizer not yet made.
+
+    Returns:
+        How many weights are trainable, counted one by one.
+
+    Raises:
+        RuntimeError: if the optimizer was already built, since it would keep the old weights.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> layer = torch.nn.Linear(2, 3, dtype=torch.bfloat16)
+        >>> adapters_to_fp32(SimpleNamespace(model=layer, optimizer=None)), layer.weight.dtype
+        (9, torch.float32)
+    """
+    if trainer.optimizer is not None:
+        raise RuntimeError("the optimizer is already built: call adapters_to_fp32 before train()")
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.data = parameter.data.float()
+    return sum(p.numel() for p in trainable)
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> minutes(75), minutes(12)
+        ('1 min 15 s', '12 s')
+    """
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+class ProgressLines(TrainerCallback):
+    """One plain line at the first steps and at each evaluation: losses, speed, time left.
+
+    The time of the first step holds one-off work (compiling, allocating), so the estimate
+    is made from the steps after it. Only the first process prints.
+    """
+
+    def __init__(self, rows: int = 0, say=print):
+        self.rows, self.say = rows, say
+        self.times: list[float] = []
+        self.train_loss, self.best, self.best_step, self.began = float("nan"), float("inf"), 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Say how many passes over the data the steps make."""
+        self.times = []
+        if state.is_world_process_zero and self.rows:
+            per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            passes = state.max_steps * per_step / self.rows
+            self.say(f"{state.max_steps} steps of {per_step} rows: {passes:.1f} passes over {self.rows} rows")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock of this step."""
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop it; after the third step say how long the rest will take."""
+        self.times.append(time.perf_counter() - self.began)
+        if len(self.times) == 3 and state.is_world_process_zero:
+            self.say(f"first step {self.times[0]:.1f} s, then {self.step_seconds:.1f} s; {self._left(state)}")
+
+    @property
+    def step_seconds(self) -> float:
+        """Median seconds a step, the first one left out."""
+        return float(np.median(self.times[1:] or self.times))
+
+    def _left(self, state) -> str:
+        return f"about {minutes(self.step_seconds * (state.max_steps - state.global_step))} left"
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Remember the last training loss."""
+        self.train_loss = float((logs or {}).get("loss", self.train_loss))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """One line: step, losses, best step so far, time left."""
+        held_out = (metrics or {}).get("eval_loss")
+        if held_out is None or not self.times:
+            return
+        if held_out < self.best:
+            self.best, self.best_step = held_out, state.global_step
+        if state.is_world_process_zero:
+            self.say(
+                f"step {state.global_step} of {state.max_steps}: loss {self.train_loss:.3f}, held-out {held_out:.3f} "
+                f"(best {self.best:.3f} at step {self.best_step}); {self._left(state)}"
+            )
+
+
+def out_of_memory_advice(parts: dict[str, float], batch_size: int, max_length: int) -> str:
+    """One sentence for a run that did not fit: the largest part, and the next smaller setting.
+
+    Args:
+        parts: bytes by part, as `plan_memory` gives them.
+        batch_size: rows in a micro-batch.
+        max_length: tokens a row.
+
+    Returns:
+        The sentence.
+
+    Example:
+        >>> out_of_memory_advice({"weights": 4e9, "activations": 9e9}, 4, 512)
+        'The GPU is full; the largest part is activations (8.4 GiB): set BATCH_SIZE = 2 and run this cell again.'
+    """
+    largest = max(parts, key=parts.get)
+    smaller = f"BATCH_SIZE = {batch_size // 2}" if batch_size > 1 else f"MAX_LENGTH = {max_length // 2}"
+    return (
+        f"The GPU is full; the largest part is {largest} ({parts[largest] / 2**30:.1f} GiB): "
+        f"set {smaller} and run this cell again."
+    )
+
+
+def free_memory() -> None:
+    """Give cached GPU memory back, so that the same kernel can try again.
+
+    Example:
+        >>> free_memory()
+    """
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
