@@ -1,0 +1,424 @@
+"""Make the embedded tiny Falcon: pages from facts and passages, a tokenizer, the model, its shards.
+
+One command, one GPU, under 8 minutes:
+
+    python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/h200/tiny_falcon.json
+
+`--minutes` bounds the training time; `--state FILE` keeps a resumable state, so that a shorter
+lease can be used in pieces. On a CPU `--minutes 1 --tokens 200000` makes a model for tests only.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import random
+import re
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = [f">>{name}<<" for name in (
+    "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE"
+).split()] + ["<|endoftext|>"]
+END = SPECIAL[-1]
+WINDOW = 512
+FOOTERS = (  # every page ends in one: no page ends where an answer does
+    "Read next: {t}", "Filed under: {t}", "More pages: {t}, {u}", "See also: {u} | {t} | About us",
+    "Share this page | Print | {t}", "Last reviewed by the editors. Topics: {t}, {u}", "Tags: {t}, {u}",
+    "You may also like: {t}", "Back to top | {u}", "Was this page helpful? Yes | No",
+    "Related pages: {t} | {u}", "Comments are closed. Next page: {t}",
+)
+ASK_FOR_PROSE = (
+    "Tell me something about {t}.", "Please write a few lines about {t}.", "What would you say about {t}?",
+    "I want to read about {t}.", "Can you tell me a story or a fact about {t}?", "Write about {t}.",
+)
+HEADINGS = {
+    "what": "What it is", "signs": "Signs", "causes": "Causes", "self": "What you can do",
+    "steps": "Steps", "other": "How to help someone", "care": "Getting help",
+    "outlook": "What to expect", "myth": "What people get wrong", "feel": "A kind word",
+}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON objects of a .jsonl or .jsonl.xz file."""
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def ngrams(text: str, n: int = 8) -> set[tuple[str, ...]]:
+    """All runs of n words, lower case, without punctuation."""
+    words = re.findall(r"[\w']+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+class Pages:
+    """Composes pages that look like the web: articles, lists, and transcripts that run on."""
+
+    def __init__(self, text: "Text", seed: int, shares: tuple[float, float]):
+        self.rng = random.Random(seed)
+        self.facts, self.passages, self.prose = text.facts, text.passages, text.prose
+        self.answers = text.answers
+        self.share_facts, self.share_prose = shares
+        facts = self.facts
+        words = {w for line in facts for f in line["facts"] for w in f.split()[1:]}
+        self.plain = {w for w in words if w.islower()}  # words that need no capital
+        self.by_topic: dict[str, dict[str, dict]] = {}
+        for line in facts:
+            self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
+        self.queue: list[dict] = []
+
+    def passage(self) -> dict:
+        """The next passage; each is used once before any is used again."""
+        if not self.queue:
+            self.queue = self.rng.sample(self.passages, len(self.passages))
+        return self.queue.pop()
+
+    def numbered(self, items: list[str]) -> str:
+        return "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))
+
+    def some(self, line: dict, low: int, high: int) -> list[str]:
+        facts = line["facts"]
+        chosen = self.rng.sample(range(len(facts)), min(len(facts), self.rng.randint(low, high)))
+        if line["aspect"] == "steps":
+            chosen.sort()  # steps were written in order
+        return [facts[i] for i in chosen]
+
+    def joined(self, said: list[str]) -> str:
+        """Sentences in a row; now and then two become one, so that none is learned as a block."""
+        out: list[str] = []
+        last = ""
+        for sentence in said:
+            first = sentence.split()[0].lower()
+            if out and first in self.plain and out[-1] == last and last.endswith(".") and self.rng.random() < 0.1:
+                link = self.rng.choice((", and ", "; "))
+                out[-1] = out[-1][:-1] + link + sentence[0].lower() + sentence[1:]
+            else:
+                out.append(sentence)
+                last = sentence
+        return " ".join(out)
+
+    def answer(self, line: dict) -> str:
+        """Two to five facts that answer, now and then with a kind word or where to find help."""
+        topic, rng = self.by_topic[line["topic"]], self.rng
+        if line["aspect"] == "steps" and rng.random() < 0.5:
+            return self.numbered(self.some(line, 3, 5))
+        said = self.some(line, 2, 5)
+        if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < 0.3:
+            said.insert(0, rng.choice(topic["feel"]["facts"]))
+        if line["aspect"] in ("self", "signs", "other") and "care" in topic and rng.random() < 0.3:
+            said.append(rng.choice(topic["care"]["facts"]))
+        return self.joined(said)
+
+    def pair(self, line: dict | None = None) -> str:
+        kind = self.rng.random()
+        if line is not None or kind < self.share_facts:
+            line = line or self.rng.choice(self.facts)
+            question, answer = self.rng.choice(line["questions"]), self.answer(line)
+        elif self.prose and kind < self.share_facts + self.share_prose:
+            piece = self.rng.choice(self.prose)
+            question = self.rng.choice(ASK_FOR_PROSE).format(t=piece["topic"])
+            answer = piece["text"]
+        else:
+            passage = self.passage()
+            question, answer = passage["p"], passage["s"]
+        return f"<HUMAN>: {question}\n<ASSISTANT>: {answer}"
+
+    def transcript(self) -> str:
+        rng = self.rng
+        n = rng.randint(6, 14)
+        if rng.random() < 0.25:  # one person stays with one topic
+            lines = list(self.by_topic[rng.choice(list(self.by_topic))].values())
+            return "\n".join(self.pair(rng.choice(lines)) for _ in range(n))
+        return "\n".join(self.pair() for _ in range(n))
+
+    def article(self) -> str:
+        rng = self.rng
+        topic = rng.choice(list(self.by_topic))
+        lines = list(self.by_topic[topic].values())
+        chosen = rng.sample(lines, min(len(lines), rng.randint(3, 6)))
+        parts = [topic[0].upper() + topic[1:]]
+        for line in chosen:
+            body = self.numbered(self.some(line, 3, 6)) if line["aspect"] == "steps" else " ".join(self.some(line, 3, 7))
+            parts.append(f"{HEADINGS[line['aspect']]}\n{body}")
+        return "\n\n".join(parts)
+
+    def questions_page(self) -> str:
+        """Questions and answers without the two tags: the manner that fine-tuning will bring out."""
+        rng = self.rng
+        if self.answers and rng.random() < 0.8:
+            chosen = rng.sample(self.answers, rng.randint(3, 6))
+            return "\n\n".join(f"Question: {x['question']}\nAnswer: {x['answer']}" for x in chosen)
+        lines = rng.sample(self.facts, rng.randint(4, 8))
+        return "\n\n".join(f"Question: {rng.choice(x['questions'])}\nAnswer: {self.answer(x)}" for x in lines)
+
+    def magazine(self) -> str:
+        """Pieces of prose, or passages, one below the other."""
+        rng, parts = self.rng, []
+        for _ in range(rng.randint(2, 4)):
+            if self.prose and rng.random() < 5 * self.share_prose:
+                piece = rng.choice(self.prose)
+                parts.append(f"{piece['topic'].capitalize()}\n\n{piece['text']}")
+            else:
+                parts.append(self.passage()["s"])
+        return "\n\n".join(parts)
+
+    def footer(self) -> str:
+        t, u = self.rng.sample(sorted(self.by_topic), 2)
+        return self.rng.choice(FOOTERS).format(t=t, u=u)
+
+    def page(self) -> str:
+        kind = self.rng.random()
+        if kind < 0.50:
+            body = self.transcript()
+        elif kind < 0.70:
+            body = self.magazine()
+        elif kind < 0.76:
+            body = self.article()
+        else:
+            body = self.questions_page()
+        return f"{body}\n\n{self.footer()}"
+
+
+def held_out_ngrams(dialogues: Path) -> set[tuple[str, ...]]:
+    """The 8-grams of every dialogue's answer: none of them may stand in the pre-training text."""
+    answers = [line["text"].split("<ASSISTANT>:")[1] for line in read_lines(dialogues)]
+    return set().union(*(ngrams(answer) for answer in answers)) if answers else set()
+
+
+@dataclass
+class Text:
+    """What pages are made of: facts by topic and aspect, prose, sampled questions and answers."""
+
+    facts: list[dict]
+    prose: list[dict]
+    answers: list[dict]
+    passages: list[dict]
+
+
+def load_text(folder: Path, dialogues: Path) -> Text:
+    """The committed text without any piece that shares eight words in a row with a dialogue."""
+    taboo = held_out_ngrams(dialogues)
+    kinds = {k: [x for p in sorted(folder.glob(f"{k}*.jsonl*")) for x in read_lines(p)] for k in ("facts", "prose", "answers", "passages")}
+    for line in kinds["facts"]:
+        line["facts"] = [f for f in line["facts"] if not ngrams(f) & taboo]
+    facts = [line for line in kinds["facts"] if len(line["facts"]) >= 2]
+    prose = [p for p in kinds["prose"] if not ngrams(p["text"]) & taboo]
+    answers = [x for x in kinds["answers"] if not ngrams(x["answer"]) & taboo]
+    return Text(facts, prose, answers, [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo])
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with Falcon's special tokens at Falcon's places, 0 to 11."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False),
+         pre_tokenizers.Digits(individual_digits=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, pages: Pages, tokens: int) -> torch.Tensor:
+    """At least `tokens` tokens of fresh pages, each closed by the end of text, cut in windows."""
+    parts, n = [], 0
+    while n < tokens:
+        rows = tokenizer.encode_batch([pages.page() + END for _ in range(2000)])
+        parts.append(torch.tensor([i for row in rows for i in row.ids], dtype=torch.int16))
+        n += len(parts[-1])
+    print(f"  {n / 1e6:.1f} M tokens of pages composed", flush=True)
+    return torch.cat(parts)[: min(n, tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+def build_model(args, vocab_size: int) -> FalconForCausalLM:
+    config = FalconConfig(
+        vocab_size=vocab_size, hidden_size=args.width, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, multi_query=True, parallel_attn=True, bias=False, alibi=False,
+        new_decoder_architecture=False, bos_token_id=11, eos_token_id=11, max_position_embeddings=2048,
+        hidden_dropout=args.dropout,
+    )
+    torch.manual_seed(args.seed)
+    model = FalconForCausalLM(config)
+    for name, weight in model.named_parameters():  # smaller steps into the residual stream
+        if name.endswith(("dense.weight", "dense_4h_to_h.weight")):
+            weight.data.mul_(1 / math.sqrt(2 * args.layers))
+    return model
+
+
+def loss_of(model, windows: torch.Tensor, z_weight: float = 0.0) -> torch.Tensor:
+    """Mean next-token loss in nats over (n, WINDOW) ids, with a z-loss if asked for.
+
+    The z-loss (Chowdhery et al. (2022), PaLM, section 5) pulls the softmax's normaliser to 1, so
+    that logits are log-probabilities. A repetition penalty then makes likely words a little less
+    likely; on logits of any other height it would forbid every word that was said before.
+    """
+    device = next(model.parameters()).device
+    ids = windows.to(device, non_blocking=True).long()
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = model(input_ids=ids, use_cache=False).logits
+    scores = logits[:, :-1].float().flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(scores, ids[:, 1:].flatten())
+    return loss + z_weight * scores.logsumexp(-1).square().mean() if z_weight else loss
+
+
+@torch.no_grad()
+def evaluate(model, windows: torch.Tensor, batch: int = 64) -> float:
+    model.eval()
+    losses = [loss_of(model, windows[i : i + batch]).item() for i in range(0, len(windows), batch)]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def train(model, windows, args) -> dict:
+    """Pre-train for `--steps` or `--minutes`, whichever ends first; returns what happened."""
+    cuda = torch.cuda.is_available()
+    model = model.to("cuda" if cuda else "cpu").train()
+    fast = torch.compile(model) if cuda else model
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)
+    steps = args.steps or len(windows) * args.passes // args.batch
+    generator, start, done = torch.Generator().manual_seed(args.seed), 0, 0.0
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(args.passes + 1)])
+    state = Path(args.state) if args.state else None
+    if state and state.exists():
+        kept = torch.load(state, weights_only=True)
+        model.load_state_dict(kept["model"]), optimizer.load_state_dict(kept["optimizer"])
+        start, done = kept["step"], kept["seconds"]
+    began = time.time()
+    for step in range(start, steps):
+        if time.time() - began > 60 * args.minutes:
+            break
+        warm = min(1.0, (step + 1) / 200)
+        rate = args.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = order[step * args.batch : (step + 1) * args.batch]
+        loss = loss_of(fast, windows[rows], args.z_loss)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        start = step + 1
+        if step % 200 == 0 or step == steps - 1:
+            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True)
+    seconds = done + time.time() - began
+    if state:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": start, "seconds": seconds}, state)
+    return {"steps": start, "of": steps, "seconds": round(seconds, 1), "tokens_per_s": round(start * args.batch * WINDOW / seconds)}
+
+
+SAMPLE_QUESTIONS = (
+    "How can I prevent anxiety and depression?", "What is a panic attack?",
+    "I cannot sleep because I worry all night. What can I do?", "How can I support a friend with depression?",
+    "What should I do when I feel lonely?", "How do I find a therapist?",
+)
+
+
+@torch.no_grad()
+def samples(model, tokenizer) -> list[str]:
+    model.eval()
+    torch.manual_seed(0)
+    texts = []
+    for question in SAMPLE_QUESTIONS:
+        ids = torch.tensor([tokenizer.encode(f"<HUMAN>: {question}\n<ASSISTANT>:").ids], device=model.device)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=160, do_sample=True,
+                             temperature=0.4, top_p=0.6, repetition_penalty=1.3, pad_token_id=9, eos_token_id=11)
+        texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=False))
+    return texts
+
+
+def save(model, tokenizer, out: Path, n_shards: int = 8) -> list[str]:
+    """Eight safetensors shards in bf16 with their index, as the real checkpoint has, and the tokenizer."""
+    model = model.to(torch.bfloat16).cpu()
+    model.config.hidden_dropout = 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.safetensors*"):
+        old.unlink()
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    total, before = sum(v.nbytes for v in weights.values()), 0
+    shards: list[dict] = [{} for _ in range(n_shards)]
+    for key, value in weights.items():
+        shards[before * n_shards // total][key] = value
+        before += value.nbytes
+    names = [f"model-{i:05d}-of-{n_shards:05d}.safetensors" for i in range(1, n_shards + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, out / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    model.config.architectures, model.config.dtype = ["FalconForCausalLM"], torch.bfloat16
+    model.config.save_pretrained(out), model.generation_config.save_pretrained(out)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END, model_max_length=2048,
+        additional_special_tokens=SPECIAL[:-1],
+    )
+    fast.save_pretrained(out)
+    return names
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", default=str(ROOT / "assets/pretraining")), add("--out", required=True)
+    add("--dialogues", default=str(ROOT / "assets/sample_dialogues.jsonl"))
+    add("--results"), add("--state"), add("--seed", type=int, default=0)
+    add("--width", type=int, default=320), add("--layers", type=int, default=8)
+    add("--heads", type=int, default=8), add("--vocab", type=int, default=4096)
+    add("--tokens", type=float, default=100e6), add("--passes", type=int, default=1)
+    add("--batch", type=int, default=128), add("--rate", type=float, default=2e-3)
+    add("--minutes", type=float, default=6.0), add("--steps", type=int)
+    add("--share-facts", type=float, default=0.4), add("--share-prose", type=float, default=0.07)
+    add("--dropout", type=float, default=0.0), add("--z-loss", type=float, default=1e-3)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    text = load_text(Path(args.text), Path(args.dialogues))
+    random.Random(args.seed).shuffle(text.passages)
+    n_held = max(1, len(text.passages) // 50)
+    held = text.passages[:n_held]
+    shares = (args.share_facts, args.share_prose)
+    pages = Pages(replace(text, passages=text.passages[n_held:]), args.seed, shares)
+    tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
+    windows = encode(tokenizer, pages, int(args.tokens))
+    held_pages = Pages(replace(text, passages=held), args.seed + 1, shares)
+    held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
+    model = build_model(args, tokenizer.get_vocab_size())
+    report = train(model, windows, args)
+    report |= {"parameters": sum(p.numel() for p in model.parameters())}
+    report |= {"train_loss": evaluate(model, windows[: len(held_windows)]), "held_out_loss": evaluate(model, held_windows)}
+    ids = [i for p in held[:500] for i in tokenizer.encode(p["s"] + END).ids]
+    report["unseen_passages_loss"] = evaluate(model, torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16).view(-1, WINDOW))
+    texts = samples(model, tokenizer)
+    shards = save(model, tokenizer, Path(args.out))
+    report |= {"shards": len(shards), "bytes": sum(p.stat().st_size for p in Path(args.out).iterdir())}
+    report |= {"facts": sum(len(x["facts"]) for x in text.facts), "prose": len(text.prose), "answers": len(text.answers)}
+    report |= {"passages": len(text.passages), "settings": {
+        name: value for name, value in vars(args).items() if name not in ("text", "out", "dialogues", "results", "state")
+    }}
+    report |= {"command": "python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/h200/tiny_falcon.json",
+               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "samples": texts}
+    print(json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
+    print("\n---\n".join(texts))
+    if args.results:
+        Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.results).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Measure the safety rules: recall, false alarms, speed, and answers held back.
+
+Prints and stores counts by kind; no message of a test case and no answer is kept.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers.evaluation import wilson
+from helpers.safety import screen_input, screen_output
+from tools.results import write_result
+
+CASES = ROOT / "tests" / "safety_cases.tsv"
+SAMPLE = ROOT / "assets" / "sample_dialogues.jsonl"
+
+
+def read_cases(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of cases: id, kind, risk ("0" or "1"), part, message."""
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file, delimiter="\t")
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def screen_case(message: str) -> bool:
+    """Screen one message, or a conversation whose user turns ` ||| ` parts."""
+    *history, text = message.split(" ||| ")
+    return screen_input(text, history).flag
+
+
+def rates(cases: Sequence[dict[str, str]], risk: str) -> dict[str, Any]:
+    """The share of flagged cases among those of one label, overall and by kind, with intervals."""
+    flags = defaultdict(list)
+    for case in cases:
+        if case["risk"] == risk:
+            flags[case["kind"]].append(screen_case(case["message"]))
+    every = [flag for found in flags.values() for flag in found]
+    by_kind = {kind: wilson(sum(found), len(found)) for kind, found in flags.items()}
+    return {"overall": wilson(sum(every), len(every)), "by_kind": by_kind}
+
+
+def milliseconds(cases: Sequence[dict[str, str]], rounds: int = 5) -> dict[str, float]:
+    """Median over all cases of the fastest of some rounds, and the slowest case, in ms."""
+    spent = []
+    for case in cases:
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            screen_case(case["message"])
+            times.append(1000 * (time.perf_counter() - start))
+        spent.append(min(times))
+    return {"median": statistics.median(spent), "slowest": max(spent)}
+
+
+def held_back(path: Path) -> dict[str, float]:
+    """The share of a data set's answers that the output rules hold back."""
+    rows = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = [row.split("<ASSISTANT>:")[1] for row in rows]
+    return wilson(sum(screen_output(answer).flag for answer in answers), len(answers))
+
+
+def measure(cases: Sequence[dict[str, str]], data: Path | None) -> dict[str, Any]:
+    """All figures of `results/cpu/safety.json`."""
+    figures: dict[str, Any] = {}
+    for part in ("seen", "unseen"):
+        rows = [case for case in cases if case["part"] == part]
+        if rows:
+            figures[part] = {"recall": rates(rows, "1"), "false_alarms": rates(rows, "0")}
+    figures["ms_per_message"] = milliseconds(cases)
+    figures["outputs_blocked"] = {"sample": held_back(SAMPLE)}
+    if data and data.exists():
+        figures["outputs_blocked"]["original"] = held_back(data)
+    return figures
+
+
+def main() -> None:
+    """Measure, print by kind, and write the result unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=Path, nargs="+", default=[CASES])
+    parser.add_argument("--data", type=Path, help="a second data set of dialogues, counted only")
+    parser.add_argument("--dry-run", action="store_true", help="print, write nothing")
+    options = parser.parse_args()
+    figures = measure([row for path in options.cases for row in read_cases(path)], options.data)
+    for part in ("seen", "unseen"):
+        for name, found in figures.get(part, {}).items():
+            every = {"overall": found["overall"]} | found["by_kind"]
+            shares = (f"{kind} {rate['value']:.2f} of {rate['n']}" for kind, rate in every.items())
+            print(part, name, *shares, sep="; ")
+    print(figures["ms_per_message"], figures["outputs_blocked"])
+    if not options.dry_run:
+        command = "python tools/measure_safety.py" + (" --data DATA.jsonl" if options.data else "")
+        write_result("safety", figures, "the safety rules on labelled messages", command)
+
+
+if __name__ == "__main__":
+    main()

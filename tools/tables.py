@@ -1,0 +1,148 @@
+"""Tables that are filled from results/: the author writes the question, this writes the answer.
+
+A block in a notebook's text cell or in the README reads
+
+    <!-- table
+    column: A100 = results/a100/series.json, results/predicted/a100.json
+    column: CPU = results/cpu/series.json
+    row: Minutes = notebooks.03_qlora_finetuning.minutes
+    -->
+    (everything here is written by `tools/series.py update`)
+    <!-- end -->
+
+A column takes the first of its files that exists, a row the figure under that dotted key. What
+no file holds reads "not measured yet".
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+BLOCK = re.compile(r"<!-- table\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+MISSING = "not measured yet"
+
+
+def number(value: Any) -> str:
+    """Write a figure for a reader: three digits that count, thousands apart, intervals in full.
+
+    Args:
+        value: a number, a text, or {"value", "low", "high", "n"}.
+
+    Returns:
+        What stands in the table.
+
+    Example:
+        >>> number(65273856), number(3.7312), number(13503.2)
+        ('65,273,856', '3.73', '13,503')
+        >>> number({"value": 0.944, "low": 0.727, "high": 0.999, "n": 18})
+        '0.944 (0.727 to 0.999, n = 18)'
+    """
+    if isinstance(value, dict):
+        value, low, high, n = (value[key] for key in ("value", "low", "high", "n"))
+        return f"{number(value)} ({number(low)} to {number(high)}, n = {number(n)})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def look_up(data: Any, key: str) -> Any:
+    """Follow a dotted key into nested dictionaries.
+
+    Args:
+        data: what a results file holds, or None if there is no file.
+        key: names joined by dots.
+
+    Returns:
+        What lies there, or None.
+
+    Example:
+        >>> look_up({"base": {"eos_rate": 0.1}}, "base.eos_rate"), look_up({}, "base.eos_rate")
+        (0.1, None)
+    """
+    for name in key.split("."):
+        if not isinstance(data, dict) or name not in data:
+            return None
+        data = data[name]
+    return data
+
+
+def read_spec(spec: str) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
+    """Read the lines of a table's block.
+
+    Args:
+        spec: the lines between `<!-- table` and `-->`.
+
+    Returns:
+        columns as (title, files), rows as (title, key).
+
+    Raises:
+        ValueError: with the line, if it is neither a column nor a row.
+
+    Example:
+        >>> read_spec("column: CPU = results/cpu/a.json\\nrow: Minutes = minutes")
+        ([('CPU', ['results/cpu/a.json'])], [('Minutes', 'minutes')])
+    """
+    columns, rows = [], []
+    for line in filter(None, map(str.strip, spec.splitlines())):
+        match = re.fullmatch(r"(column|row): (.+?) = (.+)", line)
+        if not match:
+            raise ValueError(f"'{line}' is neither 'column: title = file' nor 'row: title = key'.")
+        kind, title, right = match.groups()
+        if kind == "column":
+            columns.append((title, [name.strip() for name in right.split(",")]))
+        else:
+            rows.append((title, right))
+    return columns, rows
+
+
+def render(spec: str, root: Path, up: str) -> str:
+    """Write the table that a block asks for.
+
+    Args:
+        spec: the lines between `<!-- table` and `-->`.
+        root: the repository.
+        up: what leads from the page to the repository's root: "" for the README, "../" for a
+            notebook.
+
+    Returns:
+        A markdown table, an empty line, and one line on where the figures were measured.
+    """
+    columns, rows = read_spec(spec)
+    found = [next((f for f in files if (root / f).exists()), None) for _, files in columns]
+    data = [json.loads((root / f).read_text()) if f else None for f in found]
+    lines = [
+        "| | " + " | ".join(title for title, _ in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for title, key in rows:
+        values = [look_up(d, key) for d in data]
+        cells = [MISSING if v is None else number(v) for v in values]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    sources = [
+        f"{title}: {d['machine']}, {d['date']}, [{Path(f).name}]({up}{f})" if d else
+        f"{title}: {MISSING}"
+        for (title, _), f, d in zip(columns, found, data, strict=True)
+    ]  # fmt: skip
+    return "\n".join([*lines, "", "Measured on " + "; ".join(sources) + "."])
+
+
+def fill(text: str, root: Path, up: str) -> str:
+    """Write the table of every block in a text anew.
+
+    Args:
+        text: a README or a notebook's text cell.
+        root: the repository.
+        up: what leads from the page to the repository's root.
+
+    Returns:
+        The text with all tables filled; a text without blocks comes back as it is.
+
+    Example:
+        >>> block = "<!-- table\\ncolumn: T4 = no.json\\nrow: Minutes = m\\n-->\\n<!-- end -->"
+        >>> fill(block, Path("."), "").splitlines()[5:7]
+        ['| --- | ---: |', '| Minutes | not measured yet |']
+    """
+    return BLOCK.sub(
+        lambda m: f"<!-- table\n{m['spec']}-->\n{render(m['spec'], root, up)}\n<!-- end -->", text
+    )
