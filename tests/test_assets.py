@@ -1,0 +1,67 @@
+"""What is embedded: dialogues, pre-training text, tiny Falcon, adapter."""
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import safe_open
+
+from helpers.dialogues import load_dialogues, normalise_question, split_rows
+from helpers.profiles import TINY
+from tools.make_tiny_falcon import Pages, load_text, ngrams
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT, DIALOGUES = ROOT / "assets/pretraining", ROOT / "assets/sample_dialogues.jsonl"
+
+
+def test_there_are_172_dialogues_in_the_data_set_s_own_format() -> None:
+    lines = [json.loads(line) for line in DIALOGUES.read_text().splitlines()]
+    assert len(lines) == 172 and all(list(line) == ["text"] for line in lines)
+    rows, dropped = load_dialogues(str(DIALOGUES))
+    assert (len(rows), dropped) == (172, {})
+    assert len({normalise_question(q) for q in rows["question"]}) == 172
+    words = [len(answer.split()) for answer in rows["answer"]]
+    assert min(words) >= 30 and max(words) <= 120
+
+
+def test_every_answer_about_suicide_names_where_help_is() -> None:
+    for row in load_dialogues(str(DIALOGUES))[0]:
+        if re.search(r"suicid|want to die|not want to be (here|alive)", row["question"].lower()):
+            assert re.search(r"emergency number|findahelpline|helpline|988", row["answer"]), row
+
+
+def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_text() -> None:
+    text = load_text(TEXT, DIALOGUES)
+    held = split_rows(load_dialogues(str(DIALOGUES))[0])
+    taboo = set().union(
+        *(ngrams(a) for part in ("test", "validation") for a in held[part]["answer"])
+    )
+    pieces = [f for line in text.facts for f in line["facts"]]
+    pieces += [p["text"] for p in text.prose] + [a["answer"] for a in text.answers]
+    pieces += [p["s"] for p in text.passages]
+    assert len(pieces) > 60_000
+    assert not [piece for piece in pieces if ngrams(piece) & taboo]
+
+
+def test_pages_never_end_where_an_answer_does() -> None:
+    """The base rambles because its pages were made so: after an answer there is always more."""
+    text = load_text(TEXT, DIALOGUES)
+    pages = Pages(text, seed=1, shares=(0.4, 0.07))
+    endings = {pages.page().split("\n\n")[-1] for _ in range(200)}
+    assert not [e for e in endings if "<ASSISTANT>" in e or "Answer:" in e]
+
+
+def test_the_text_and_the_model_are_small_enough_to_commit() -> None:
+    assert sum(p.stat().st_size for p in TEXT.iterdir()) <= 14e6
+    assert sum(p.stat().st_size for p in Path(TINY.model).iterdir()) <= 20e6
+    assert sum(p.stat().st_size for p in Path(TINY.adapter).iterdir()) <= 3e6
+
+
+def test_the_embedded_adapter_fits_the_embedded_model_and_names_no_folder() -> None:
+    config = json.loads((Path(TINY.adapter) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny_falcon"
+    with safe_open(Path(TINY.adapter) / "adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        width = min(file.get_tensor(n).shape[1] for n in names if "lora_A" in n)
+    hidden = json.loads((Path(TINY.model) / "config.json").read_text())["hidden_size"]
+    assert width == hidden and len(names) == 2 * 4 * 8

@@ -1,0 +1,143 @@
+"""The safety rules: each by itself, then together on the labelled cases."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers import safety
+from helpers.safety import crisis_reply, normalise, screen_input, screen_output
+from tools.measure_safety import CASES, milliseconds, rates, read_cases
+
+by_id = pytest.mark.parametrize("rule", safety.RULES, ids=lambda rule: rule.id)
+ROWS = read_cases(CASES)
+
+
+@by_id
+def test_a_rule_finds_its_example(rule: safety.Rule) -> None:
+    if rule in safety.SPELLINGS:
+        assert rule.pattern.search(rule.example) and normalise(rule.example) != rule.example
+        return
+    assert rule.pattern.search(normalise(rule.example))
+    if rule in safety.INPUT_RULES:
+        assert rule.id in screen_input(rule.example).rule_ids
+    if rule in safety.OUTPUT_RULES:
+        assert rule.id in screen_output(rule.example).rule_ids
+
+
+@by_id
+def test_a_rule_leaves_its_counter_example(rule: safety.Rule) -> None:
+    if rule in safety.INPUT_RULES:
+        assert not screen_input(rule.counter_example).flag
+    else:
+        assert not rule.pattern.search(normalise(rule.counter_example))
+
+
+def test_the_table_is_whole() -> None:
+    with safety.RULES_FILE.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    assert head == ["id", "kind", "pattern", "example", "counter_example"]
+    assert all(len(row) == 5 and all(row) for row in rows)
+    assert len({row[0] for row in rows}) == len(rows)
+
+
+FLOORS = {"seen": (0.98, 0.02), "unseen": (0.57, 0.21)}
+
+
+@pytest.mark.parametrize("part", FLOORS)
+def test_recall_and_false_alarms_hold(part: str) -> None:
+    rows = [row for row in ROWS if row["part"] == part]
+    recall, alarms = FLOORS[part]
+    assert rates(rows, "1")["overall"]["value"] >= recall
+    assert rates(rows, "0")["overall"]["value"] <= alarms
+
+
+def test_a_message_takes_under_two_milliseconds() -> None:
+    assert milliseconds(ROWS, rounds=3)["median"] < 2
+
+
+def test_a_disclosure_is_sticky_and_a_later_denial_does_not_clear_it() -> None:
+    history = ["I want to kill myself", "How do I sleep?", "What is a budget?", "And tea?"]
+    assert "direct" in screen_input("I am fine, I was joking. I'm not suicidal.", history).kinds
+    assert not screen_input("I am fine, I was joking. I'm not suicidal.").flag
+
+
+def test_three_turns_are_read_together() -> None:
+    turns = ["i just want to", "stop", "breathing"]
+    assert not any(screen_input(turn).flag for turn in turns)
+    assert screen_input(turns[2], turns[:2]).flag
+
+
+@pytest.mark.parametrize(
+    "text, flag",
+    [
+        ("I don't want to die, I just want to sleep", False),
+        ("I don't want to die, but I am going to kill myself", True),
+        ("I never want to hurt myself", False),
+        ("I don't know why I want to die", True),
+        ("He says I don't want to live", True),
+        ("In my novel she wants to kill herself. I want to kill myself too", True),
+        ("This traffic makes me want to die lol, and I want to end my life", True),
+    ],
+)
+def test_a_suppressor_acts_on_its_own_clause(text: str, flag: bool) -> None:
+    assert screen_input(text).flag is flag
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("K1ll MYS3LF", "kill myself"),
+        ("i w a n t t o d i e", "i want to die"),
+        ("s.u.i.c.i.d.e", "suicide"),
+        ("ki\u200bll my\u2060self", "kill myself"),
+        ("d\u0456\u0435", "die"),
+        ("\uff44\uff49\uff45", "die"),
+        ("I\u2019m gonna", "i am going to"),
+        ("dont cant wont", "do not can not will not"),
+        ("liveeeee", "live"),
+        ("wnat to kil myslef", "want to kill myself"),
+        ("20kms and 5mg", "20kms and 5mg"),
+    ],
+)
+def test_normalise(text: str, plain: str) -> None:
+    assert normalise(text) == plain
+
+
+@pytest.mark.parametrize(
+    "text, flag",
+    [
+        ("Do not stop your medicine without talking to your doctor.", False),
+        ("You can stop taking your medication now.", True),
+        ("You have bipolar disorder.", True),
+        ("People with bipolar disorder can live well.", False),
+        ("I am a licensed therapist.", True),
+        ("I am a program, not a person.", False),
+        ("Take 500 mg before bed.", True),
+        ("You should kill yourself.", True),
+        ("Call 988 or 116 123, or 14416 in India.", False),
+        ("Call 1-800-273-8255 at once.", True),
+        ("See https://findahelpline.com.", False),
+        ("See https://findahelpline.com.evil.example or www.pills.com", True),
+        ("It helps to walk for 30 minutes, 3 times a week.", False),
+    ],
+)
+def test_screen_output(text: str, flag: bool) -> None:
+    assert screen_output(text).flag is flag
+
+
+@pytest.mark.parametrize("kinds", [("direct",), ("third_person",), ("third_person", "direct"), ()])
+def test_the_fixed_text_names_every_helpline_and_passes_its_own_screen(kinds) -> None:
+    text = crisis_reply(kinds)
+    assert "program, not a person" in text and "emergency number" in text
+    assert all(line.number in text and line.url in text for line in safety.HELPLINES)
+    assert text.startswith("Thank you for looking out") is (set(kinds) == {"third_person"})
+    assert not screen_output(text).flag and not screen_output(safety.BLOCKED_REPLY).flag
+    dated = re.compile(r"\d{4}-\d\d-\d\d|not re-checked")
+    assert all(dated.fullmatch(line.checked_on) for line in safety.HELPLINES)
+
+
+def test_the_module_stands_alone() -> None:
+    source = Path(safety.__file__).read_text(encoding="utf-8")
+    assert not re.search(r"^(?:from|import) (?:helpers|torch)", source, re.MULTILINE)
