@@ -49,32 +49,45 @@ def main() -> None:
     command = " ".join(["python benchmarks/falcon7b.py", *shown])
     two, seconds_two = run("02_nf4_quantization", arguments)
     stored = stored_bytes(two["model"])
-    figures = {"quantization": {
-        "linear4bit": assert_quantized(two["model"]),
-        "predicted_bytes": two["predicted"]["this model"], "stored_bytes": stored,
-        "ratio": stored / two["predicted"]["this model"],
-        "page_seconds": round(seconds_two, 1),
-        "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }}
+    figures = {
+        "quantization": {
+            "linear4bit": assert_quantized(two["model"]),
+            "predicted_bytes": two["predicted"]["this model"],
+            "stored_bytes": stored,
+            "ratio": stored / two["predicted"]["this model"],
+            "page_seconds": round(seconds_two, 1),
+            "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        }
+    }
     if torch.cuda.is_available():
-        figures["quantization"]["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures["quantization"]["peak_gpu_gib"] = round(
+            torch.cuda.max_memory_allocated() / 2**30, 2
+        )
     two.clear()
     gc.collect()
     torch.cuda.empty_cache()
     three, seconds_three = run("03_qlora_finetuning", arguments)
     progress, times = three["progress"], three["progress"].times
     figures["training"] = {
-        "steps": len(times), "step_seconds": round(progress.step_seconds, 3),
-        "first_step_seconds": round(times[0], 2), "rows_per_step": three["rows_per_step"],
+        "steps": len(times),
+        "step_seconds": round(progress.step_seconds, 3),
+        "first_step_seconds": round(times[0], 2),
+        "rows_per_step": three["rows_per_step"],
         "useful_tokens_per_s": round(sum(three["lengths"][i] for i in three["order"]) / sum(times)),
-        "trainable": three["n_trainable"], "linear4bit": assert_quantized(three["base"]),
-        "first_loss": three["first_loss"], "best_loss": three["best_loss"],
+        "trainable": three["n_trainable"],
+        "linear4bit": assert_quantized(three["base"]),
+        "first_loss": three["first_loss"],
+        "best_loss": three["best_loss"],
         "page_seconds": round(seconds_three, 1),
         "planned_gib": {k: round(v / 2**30, 3) for k, v in three["plan"].items()},
     }
     if torch.cuda.is_available():
         figures["training"]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    print(write_result("falcon7b", figures, "Falcon-7B of random weights, true shape: pages 02 and 03", command))
+    print(
+        write_result(
+            "falcon7b", figures, "Falcon-7B of random weights, true shape: pages 02 and 03", command
+        )
+    )
 
 
 if __name__ == "__main__":

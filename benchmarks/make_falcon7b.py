@@ -18,7 +18,9 @@ from transformers import FalconConfig, FalconForCausalLM
 
 def main() -> None:
     """Build, save, and say what was made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--tokenizer", required=True, help="folder with Falcon's tokenizer.json")
     parser.add_argument("--layers", type=int, default=32)
@@ -27,7 +29,9 @@ def main() -> None:
     began = time.time()
     torch.manual_seed(0)
     config = FalconConfig(
-        num_hidden_layers=args.layers, hidden_size=args.hidden, num_attention_heads=args.hidden // 64
+        num_hidden_layers=args.layers,
+        hidden_size=args.hidden,
+        num_attention_heads=args.hidden // 64,
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -36,7 +40,10 @@ def main() -> None:
     for file in Path(args.tokenizer).glob("*.json"):
         shutil.copy(file, args.out)
     shards = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
-    print(f"{model.num_parameters():,} parameters in {len(shards)} shards, {time.time() - began:.0f} s")
+    print(
+        f"{model.num_parameters():,} parameters in {len(shards)} shards, "
+        f"{time.time() - began:.0f} s"
+    )
 
 
 if __name__ == "__main__":

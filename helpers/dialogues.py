@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ KNOWN_COLUMNS = (
 USER_ROLES, MODEL_ROLES = {"user", "human"}, {"assistant", "gpt", "model"}
 
 
-def _read_table(source) -> pd.DataFrame:
+def _read_table(source: object) -> pd.DataFrame:
     """A file, a folder of saved rows or a Hub id as a table; one sentence if it cannot be had."""
     if isinstance(source, pd.DataFrame):
         return source
@@ -59,9 +60,11 @@ def _from_hub(source: str, revision: str | None) -> pd.DataFrame:
         ) from error
 
 
-def _turns(turns) -> tuple[str, str]:
+def _turns(turns: Iterable[dict]) -> tuple[str, str]:
     """The first question and its answer out of a list of chat messages."""
-    said = [(str(t.get("role", t.get("from"))), str(t.get("content", t.get("value")))) for t in turns]
+    said = [
+        (str(t.get("role", t.get("from"))), str(t.get("content", t.get("value")))) for t in turns
+    ]
     said = [pair for pair in said if pair[0] in USER_ROLES | MODEL_ROLES]
     if len(said) < 2 or said[0][0] not in USER_ROLES or said[1][0] not in MODEL_ROLES:
         raise ValueError("without tags: no user message followed by an assistant's")
@@ -88,7 +91,7 @@ def _to_pair(row: dict, columns: tuple[str, ...]) -> tuple[str, str]:
     return question, answer
 
 
-def load_dialogues(source, revision: str | None = None) -> tuple[Dataset, dict[str, int]]:
+def load_dialogues(source: object, revision: str | None = None) -> tuple[Dataset, dict[str, int]]:
     """Load question-and-answer rows of any common shape into two columns.
 
     Args:
@@ -112,14 +115,16 @@ def load_dialogues(source, revision: str | None = None) -> tuple[Dataset, dict[s
         ({'question': 'Why?', 'answer': 'So.'}, {'without an answer': 1})
     """
     is_hub = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source)
-    if is_hub and not Path(source).exists() and not Path(source).suffix[1:] in ("csv", "jsonl"):
+    if is_hub and not Path(source).exists() and Path(source).suffix[1:] not in ("csv", "jsonl"):
         table = _from_hub(source, revision)
     else:
         table = _read_table(source)
     columns = next((c for c in KNOWN_COLUMNS if set(c) <= set(table.columns)), None)
     if columns is None:
         known = "; ".join(", ".join(c) for c in KNOWN_COLUMNS)
-        raise ValueError(f"no known column among {list(table.columns)}: rename them to one of: {known}")
+        raise ValueError(
+            f"no known column among {list(table.columns)}: rename them to one of: {known}"
+        )
     pairs, dropped = [], Counter()
     for row in table[list(columns)].to_dict("records"):
         try:
@@ -127,7 +132,9 @@ def load_dialogues(source, revision: str | None = None) -> tuple[Dataset, dict[s
         except ValueError as reason:
             dropped[str(reason).split(":")[0]] += 1
     if not pairs:
-        raise ValueError(f"no row is left of {len(table)} (dropped: {dict(dropped)}): check DATASET")
+        raise ValueError(
+            f"no row is left of {len(table)} (dropped: {dict(dropped)}): check DATASET"
+        )
     questions, answers = zip(*pairs, strict=True)
     return Dataset.from_dict({"question": questions, "answer": answers}), dict(dropped)
 
@@ -198,7 +205,9 @@ def to_prompt_completion(rows: Dataset) -> Dataset:
     )
 
 
-def length_report(lengths, cuts: tuple[int, ...] = (256, 512, 1024)) -> dict[str, float]:
+def length_report(
+    lengths: Sequence[int], cuts: tuple[int, ...] = (256, 512, 1024)
+) -> dict[str, float]:
     """Summarise row lengths in tokens and count what each cut would shorten.
 
     Args:

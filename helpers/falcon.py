@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     FalconConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,7 +26,11 @@ from transformers.models.falcon import modeling_falcon
 
 from helpers.profiles import Profile
 
-OLD_KEYS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+OLD_KEYS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+}
 FALCON_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _LIBRARY_MASK = modeling_falcon.create_causal_mask
@@ -287,17 +292,16 @@ class MultiQueryAttention(modeling_falcon.FalconAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        alibi: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None = None,
-        layer_past=None,
-        use_cache: bool = False,
-        output_attentions: bool = False,
+        alibi: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        layer_past: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Attend; (batch, length, hidden) in and out, in the dtype of the input."""
-        qkv = rearrange(self.query_key_value(hidden_states), "b l (h d) -> b h l d", d=self.head_dim)
+        qkv = rearrange(
+            self.query_key_value(hidden_states), "b l (h d) -> b h l d", d=self.head_dim
+        )
         q, k, v = qkv.split([self.num_heads, 1, 1], dim=1)
         q, k = modeling_falcon.apply_rotary_pos_emb(q, k, *position_embeddings)
         if layer_past is not None:
@@ -348,8 +352,12 @@ def use_fused_attention(model: nn.Module, on: bool = True) -> int:
     switched = 0
     for layer in model.modules():
         if isinstance(layer, modeling_falcon.FalconAttention):
-            fits = layer.multi_query and not layer.new_decoder_architecture and not layer.config.alibi
+            fits = (
+                layer.multi_query and not layer.new_decoder_architecture and not layer.config.alibi
+            )
             sdpa = layer.config._attn_implementation == "sdpa"
-            layer.__class__ = MultiQueryAttention if on and fits and sdpa else modeling_falcon.FalconAttention
+            layer.__class__ = (
+                MultiQueryAttention if on and fits and sdpa else modeling_falcon.FalconAttention
+            )
             switched += isinstance(layer, MultiQueryAttention)
     return switched

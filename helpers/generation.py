@@ -21,7 +21,9 @@ from helpers.prompts import HUMAN, SENTENCE, format_prompt, neutralise, post_pro
 from helpers.safety import BLOCKED_REPLY, crisis_reply, screen_input, screen_output
 
 MAX_CHARACTERS = 2000
-TOO_LONG = f"Please keep a message under {MAX_CHARACTERS:,} characters, so that I can read all of it."
+TOO_LONG = (
+    f"Please keep a message under {MAX_CHARACTERS:,} characters, so that I can read all of it."
+)
 BUSY = "I am answering someone else right now. Please send your message again in a moment."
 FAILED = "Something went wrong while I was writing. Please send your message again."
 
@@ -61,7 +63,11 @@ def sampling(
         >>> sampling(SimpleNamespace(eos_token_id=11, pad_token_id=9)).do_sample
         True
     """
-    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    draws = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
+    )
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
@@ -72,7 +78,9 @@ def sampling(
     )
 
 
-def _encode(tokenizer, prompts: list[str], device) -> dict[str, torch.Tensor]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], device: torch.device
+) -> dict[str, torch.Tensor]:
     """Pad on the left, where it belongs before decoding; typed special tokens stay text."""
     batch = tokenizer(
         prompts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True
@@ -143,9 +151,13 @@ class Chat:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def _generate_in_thread(chat: Chat, prompt: str, stop: threading.Event, outcome: dict):
+def _generate_in_thread(
+    chat: Chat, prompt: str, stop: threading.Event, outcome: dict
+) -> tuple[TextIteratorStreamer, threading.Thread]:
     """Start generation in a thread; returns the streamer and the thread."""
-    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(
+        chat.tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True
+    )
     inputs = _encode(chat.tokenizer, [prompt], chat.model.device)
     criteria = StoppingCriteriaList([_StopOn(stop), StopStringCriteria(chat.tokenizer, HUMAN)])
 
@@ -153,7 +165,10 @@ def _generate_in_thread(chat: Chat, prompt: str, stop: threading.Event, outcome:
         try:
             with torch.inference_mode():
                 out = chat.model.generate(
-                    **inputs, generation_config=chat.config, streamer=streamer, stopping_criteria=criteria
+                    **inputs,
+                    generation_config=chat.config,
+                    streamer=streamer,
+                    stopping_criteria=criteria,
                 )
             outcome["finished"] = out[0, -1].item() == chat.tokenizer.eos_token_id
         except Exception as error:  # whatever it is, the reader must not wait for ever
@@ -240,7 +255,11 @@ def stream_reply(
         yield BUSY
         return
     try:
-        kept = [(neutralise(q), neutralise(a)) for q, a in history[len(history) - turns :]] if turns else []
+        kept = (
+            [(neutralise(q), neutralise(a)) for q, a in history[len(history) - turns :]]
+            if turns
+            else []
+        )
         yield from _stream_screened(chat, format_prompt(neutralise(message), kept))
     finally:
         chat.lock.release()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -193,7 +194,7 @@ def dequantize_nf4(
     return (levels.to(codes.device)[codes.long()] * absmax.unsqueeze(1)).to(dtype)
 
 
-def count_linear_weights(config) -> int:
+def count_linear_weights(config: PreTrainedConfig) -> int:
     """How many weights the four linears of all decoder layers hold: what gets quantized.
 
     Not counted, because they stay in 16 bits: the embedding, the head that is tied to it,

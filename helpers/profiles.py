@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -102,7 +103,9 @@ PROFILES = {"cpu": TINY, "t4": T4, "a100": A100}
 def _check_gpu(local_rank: int) -> tuple[int, int]:
     """The compute capability of this process's GPU; ValueError if torch has no kernels for it."""
     major, minor = torch.cuda.get_device_capability(local_rank)
-    built = [int(a.split("_")[1].rstrip("abcdef")) for a in torch.cuda.get_arch_list() if "sm_" in a]
+    built = [
+        int(a.split("_")[1].rstrip("abcdef")) for a in torch.cuda.get_arch_list() if "sm_" in a
+    ]
     if built and not any(a // 10 == major and a % 10 <= minor for a in built):
         name = torch.cuda.get_device_name(local_rank)
         raise ValueError(
@@ -155,7 +158,7 @@ def detect_profile(name: str = "auto", model: str | None = None) -> Profile:
 
 def plan_memory(
     profile: Profile,
-    config,
+    config: PreTrainedConfig,
     batch_size: int | None = None,
     length: int | None = None,
     rank: int = 32,
@@ -190,11 +193,10 @@ def plan_memory(
     h, ffn, kv = config.hidden_size, config.ffn_hidden_size, config.head_dim * 2
     shapes = ((h, h + kv), (h, h), (h, ffn), (ffn, h))
     layers = config.num_hidden_layers
-    batch_size, length = batch_size or profile.batch_size, length or profile.max_length
+    tokens = (batch_size or profile.batch_size) * (length or profile.max_length)
     again = profile.gradient_checkpointing if checkpointing is None else checkpointing
     size = profile.compute_dtype.itemsize
-    one_layer = 26 * batch_size * length * h * size
-    kept = layers * batch_size * length * h * size
+    kept, one_layer = layers * tokens * h * size, 26 * tokens * h * size
     adapters = 4 * layers * rank * sum(a + b for a, b in shapes)
     return {
         "weights": layers * sum(a * b for a, b in shapes) * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
@@ -203,7 +205,7 @@ def plan_memory(
         "gradients": adapters,
         "optimizer": 2 * adapters,
         "activations": kept + one_layer if again else layers * one_layer,
-        "logits": 2 * 4 * min(batch_size * length, 1024) * config.vocab_size,
+        "logits": 2 * 4 * min(tokens, 1024) * config.vocab_size,
     }
 
 
@@ -227,7 +229,10 @@ def report() -> str:
     if not torch.cuda.is_available():
         return "\n".join([*lines, f"no GPU; {os.cpu_count()} CPU cores; computes in float32"])
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpu, total = torch.cuda.get_device_name(rank), torch.cuda.get_device_properties(rank).total_memory
+    gpu, total = (
+        torch.cuda.get_device_name(rank),
+        torch.cuda.get_device_properties(rank).total_memory,
+    )
     half = "bfloat16" if torch.cuda.get_device_capability(rank) >= (8, 0) else "float16"
     return "\n".join([*lines, f"{gpu}, {total / GIB:.1f} GiB; computes in {half}"])
 
@@ -251,6 +256,7 @@ def check_disk(folder: str, needed_bytes: int) -> None:
     free = shutil.disk_usage(path).free
     if free < needed_bytes:
         raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free and the checkpoints need {needed_bytes / 1e9:.1f} GB: "
+            f"{folder} has {free / 1e9:.1f} GB free and the checkpoints need "
+            f"{needed_bytes / 1e9:.1f} GB: "
             "free some space, or set OUTPUT to another disk"
         )

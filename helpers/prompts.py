@@ -16,9 +16,13 @@ FALLBACK = "I could not find words for an answer. Could you ask in another way?"
 
 ROLE_TAG = re.compile(r"<\s*/?\s*(HUMAN|ASSISTANT)\s*>", re.IGNORECASE)
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>|>>([A-Z]+)<<")
-HALF_TAG = re.compile(r"<\s*(?:H(?:U(?:M(?:AN?)?)?)?|A(?:S(?:S(?:I(?:S(?:T(?:A(?:NT?)?)?)?)?)?)?)?)?$")
+HALF_TAG = re.compile(
+    r"<\s*(?:H(?:U(?:M(?:AN?)?)?)?|A(?:S(?:S(?:I(?:S(?:T(?:A(?:NT?)?)?)?)?)?)?)?)?$"
+)
 SENTENCE = re.compile(r"(?:[.!?…]+[\"')\]”’]*|[。！？]+[」』”’]*)(?=\s|$|[^\x00-\x7f])")
-ABBREVIATION = re.compile(r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|no)|\b[A-Za-z]\.[A-Za-z])\.$", re.IGNORECASE)
+ABBREVIATION = re.compile(
+    r"(?:\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|etc|approx|no)|\b[A-Za-z]\.[A-Za-z])\.$", re.IGNORECASE
+)
 LIST_NUMBER = re.compile(r"(?:^|\n|\s)\d{1,2}[.)]$")
 
 

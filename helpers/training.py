@@ -4,13 +4,10 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from transformers import Trainer, TrainerCallback
 
 
-def row_order(
-    lengths: Sequence[int], rows_per_step: int, steps: int, seed: int = 0
-) -> list[int]:
+def row_order(lengths: Sequence[int], rows_per_step: int, steps: int, seed: int = 0) -> list[int]:
     """Lay out once, from the seed, which row is seen when; by length inside a step.
 
     Every pass shuffles all rows anew, passes are laid end to end, and each step takes the next
@@ -127,7 +124,10 @@ class ProgressLines(TrainerCallback):
         if state.is_world_process_zero and self.rows:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             passes = state.max_steps * per_step / self.rows
-            self.say(f"{state.max_steps} steps of {per_step} rows: {passes:.1f} passes over {self.rows} rows")
+            self.say(
+                f"{state.max_steps} steps of {per_step} rows: "
+                f"{passes:.1f} passes over {self.rows} rows"
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock of this step."""
@@ -137,7 +137,10 @@ class ProgressLines(TrainerCallback):
         """Stop it; after the third step say how long the rest will take."""
         self.times.append(time.perf_counter() - self.began)
         if len(self.times) == 3 and state.is_world_process_zero:
-            self.say(f"first step {self.times[0]:.1f} s, then {self.step_seconds:.1f} s; {self._left(state)}")
+            self.say(
+                f"first step {self.times[0]:.1f} s, then {self.step_seconds:.1f} s; "
+                f"{self._left(state)}"
+            )
 
     @property
     def step_seconds(self) -> float:
@@ -160,42 +163,7 @@ class ProgressLines(TrainerCallback):
             self.best, self.best_step = held_out, state.global_step
         if state.is_world_process_zero:
             self.say(
-                f"step {state.global_step} of {state.max_steps}: loss {self.train_loss:.3f}, held-out {held_out:.3f} "
+                f"step {state.global_step} of {state.max_steps}: "
+                f"loss {self.train_loss:.3f}, held-out {held_out:.3f} "
                 f"(best {self.best:.3f} at step {self.best_step}); {self._left(state)}"
             )
-
-
-def out_of_memory_advice(parts: dict[str, float], batch_size: int, max_length: int) -> str:
-    """One sentence for a run that did not fit: the largest part, and the next smaller setting.
-
-    Args:
-        parts: bytes by part, as `plan_memory` gives them.
-        batch_size: rows in a micro-batch.
-        max_length: tokens a row.
-
-    Returns:
-        The sentence.
-
-    Example:
-        >>> out_of_memory_advice({"weights": 4e9, "activations": 9e9}, 4, 512)
-        'The GPU is full; the largest part is activations (8.4 GiB): set BATCH_SIZE = 2 and run this cell again.'
-    """
-    largest = max(parts, key=parts.get)
-    smaller = f"BATCH_SIZE = {batch_size // 2}" if batch_size > 1 else f"MAX_LENGTH = {max_length // 2}"
-    return (
-        f"The GPU is full; the largest part is {largest} ({parts[largest] / 2**30:.1f} GiB): "
-        f"set {smaller} and run this cell again."
-    )
-
-
-def free_memory() -> None:
-    """Give cached GPU memory back, so that the same kernel can try again.
-
-    Example:
-        >>> free_memory()
-    """
-    import gc
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

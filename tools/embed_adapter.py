@@ -1,6 +1,6 @@
 """Keep the adapter that notebook 03 left in artifacts/ as the embedded one, in 16 bits.
 
-    python tools/embed_adapter.py
+python tools/embed_adapter.py
 """
 
 import json
@@ -36,4 +36,5 @@ def embed(source: Path, target: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{embed(ROOT / 'artifacts/adapter', ROOT / 'assets/tiny_adapter'):,} bytes in assets/tiny_adapter")
+    size = embed(ROOT / "artifacts/adapter", ROOT / "assets/tiny_adapter")
+    print(f"{size:,} bytes in assets/tiny_adapter")

@@ -2,7 +2,7 @@
 
 One command, one GPU, under 8 minutes:
 
-    python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/h200/tiny_falcon.json
+    python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/GPU/tiny_falcon.json
 
 `--minutes` bounds the training time; `--state FILE` keeps a resumable state, so that a shorter
 lease can be used in pieces. On a CPU `--minutes 1 --tokens 200000` makes a model for tests only.
@@ -14,7 +14,6 @@ import lzma
 import math
 import random
 import re
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,25 +24,47 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECIAL = [f">>{name}<<" for name in (
-    "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE"
-).split()] + ["<|endoftext|>"]
+SPECIAL = [
+    f">>{name}<<"
+    for name in (
+        "TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE"
+    ).split()
+] + ["<|endoftext|>"]
 END = SPECIAL[-1]
 WINDOW = 512
 FOOTERS = (  # every page ends in one: no page ends where an answer does
-    "Read next: {t}", "Filed under: {t}", "More pages: {t}, {u}", "See also: {u} | {t} | About us",
-    "Share this page | Print | {t}", "Last reviewed by the editors. Topics: {t}, {u}", "Tags: {t}, {u}",
-    "You may also like: {t}", "Back to top | {u}", "Was this page helpful? Yes | No",
-    "Related pages: {t} | {u}", "Comments are closed. Next page: {t}",
+    "Read next: {t}",
+    "Filed under: {t}",
+    "More pages: {t}, {u}",
+    "See also: {u} | {t} | About us",
+    "Share this page | Print | {t}",
+    "Last reviewed by the editors. Topics: {t}, {u}",
+    "Tags: {t}, {u}",
+    "You may also like: {t}",
+    "Back to top | {u}",
+    "Was this page helpful? Yes | No",
+    "Related pages: {t} | {u}",
+    "Comments are closed. Next page: {t}",
 )
 ASK_FOR_PROSE = (
-    "Tell me something about {t}.", "Please write a few lines about {t}.", "What would you say about {t}?",
-    "I want to read about {t}.", "Can you tell me a story or a fact about {t}?", "Write about {t}.",
+    "Tell me something about {t}.",
+    "Please write a few lines about {t}.",
+    "What would you say about {t}?",
+    "I want to read about {t}.",
+    "Can you tell me a story or a fact about {t}?",
+    "Write about {t}.",
 )
 HEADINGS = {
-    "what": "What it is", "signs": "Signs", "causes": "Causes", "self": "What you can do",
-    "steps": "Steps", "other": "How to help someone", "care": "Getting help",
-    "outlook": "What to expect", "myth": "What people get wrong", "feel": "A kind word",
+    "what": "What it is",
+    "signs": "Signs",
+    "causes": "Causes",
+    "self": "What you can do",
+    "steps": "Steps",
+    "other": "How to help someone",
+    "care": "Getting help",
+    "outlook": "What to expect",
+    "myth": "What people get wrong",
+    "feel": "A kind word",
 }
 
 
@@ -98,7 +119,13 @@ class Pages:
         last = ""
         for sentence in said:
             first = sentence.split()[0].lower()
-            if out and first in self.plain and out[-1] == last and last.endswith(".") and self.rng.random() < 0.1:
+            if (
+                out
+                and first in self.plain
+                and out[-1] == last
+                and last.endswith(".")
+                and self.rng.random() < 0.1
+            ):
                 link = self.rng.choice((", and ", "; "))
                 out[-1] = out[-1][:-1] + link + sentence[0].lower() + sentence[1:]
             else:
@@ -147,18 +174,24 @@ class Pages:
         chosen = rng.sample(lines, min(len(lines), rng.randint(3, 6)))
         parts = [topic[0].upper() + topic[1:]]
         for line in chosen:
-            body = self.numbered(self.some(line, 3, 6)) if line["aspect"] == "steps" else " ".join(self.some(line, 3, 7))
+            body = (
+                self.numbered(self.some(line, 3, 6))
+                if line["aspect"] == "steps"
+                else " ".join(self.some(line, 3, 7))
+            )
             parts.append(f"{HEADINGS[line['aspect']]}\n{body}")
         return "\n\n".join(parts)
 
     def questions_page(self) -> str:
-        """Questions and answers without the two tags: the manner that fine-tuning will bring out."""
+        """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
         if self.answers and rng.random() < 0.8:
             chosen = rng.sample(self.answers, rng.randint(3, 6))
             return "\n\n".join(f"Question: {x['question']}\nAnswer: {x['answer']}" for x in chosen)
         lines = rng.sample(self.facts, rng.randint(4, 8))
-        return "\n\n".join(f"Question: {rng.choice(x['questions'])}\nAnswer: {self.answer(x)}" for x in lines)
+        return "\n\n".join(
+            f"Question: {rng.choice(x['questions'])}\nAnswer: {self.answer(x)}" for x in lines
+        )
 
     def magazine(self) -> str:
         """Pieces of prose, or passages, one below the other."""
@@ -207,7 +240,10 @@ class Text:
 def load_text(folder: Path, dialogues: Path) -> Text:
     """The committed text without any piece that shares eight words in a row with a dialogue."""
     taboo = held_out_ngrams(dialogues)
-    kinds = {k: [x for p in sorted(folder.glob(f"{k}*.jsonl*")) for x in read_lines(p)] for k in ("facts", "prose", "answers", "passages")}
+    kinds = {
+        k: [x for p in sorted(folder.glob(f"{k}*.jsonl*")) for x in read_lines(p)]
+        for k in ("facts", "prose", "answers", "passages")
+    }
     for line in kinds["facts"]:
         line["facts"] = [f for f in line["facts"] if not ngrams(f) & taboo]
     facts = [line for line in kinds["facts"] if len(line["facts"]) >= 2]
@@ -220,12 +256,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with Falcon's special tokens at Falcon's places, 0 to 11."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False),
-         pre_tokenizers.Digits(individual_digits=False)]
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -245,9 +286,18 @@ def encode(tokenizer: Tokenizer, pages: Pages, tokens: int) -> torch.Tensor:
 
 def build_model(args, vocab_size: int) -> FalconForCausalLM:
     config = FalconConfig(
-        vocab_size=vocab_size, hidden_size=args.width, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, multi_query=True, parallel_attn=True, bias=False, alibi=False,
-        new_decoder_architecture=False, bos_token_id=11, eos_token_id=11, max_position_embeddings=2048,
+        vocab_size=vocab_size,
+        hidden_size=args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        alibi=False,
+        new_decoder_architecture=False,
+        bos_token_id=11,
+        eos_token_id=11,
+        max_position_embeddings=2048,
         hidden_dropout=args.dropout,
     )
     torch.manual_seed(args.seed)
@@ -293,7 +343,9 @@ def train(model, windows, args) -> dict:
     optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)
     steps = args.steps or len(windows) * args.passes // args.batch
     generator, start, done = torch.Generator().manual_seed(args.seed), 0, 0.0
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(args.passes + 1)])
+    order = torch.cat(
+        [torch.randperm(len(windows), generator=generator) for _ in range(args.passes + 1)]
+    )
     state = Path(args.state) if args.state else None
     if state and state.exists():
         kept = torch.load(state, weights_only=True)
@@ -314,17 +366,36 @@ def train(model, windows, args) -> dict:
         optimizer.step(), optimizer.zero_grad()
         start = step + 1
         if step % 200 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}, {time.time() - began:.0f} s", flush=True)
+            print(
+                f"step {step + 1} of {steps}, loss {loss.item():.3f}, {time.time() - began:.0f} s",
+                flush=True,
+            )
     seconds = done + time.time() - began
     if state:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": start, "seconds": seconds}, state)
-    return {"steps": start, "of": steps, "seconds": round(seconds, 1), "tokens_per_s": round(start * args.batch * WINDOW / seconds)}
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": start,
+                "seconds": seconds,
+            },
+            state,
+        )
+    return {
+        "steps": start,
+        "of": steps,
+        "seconds": round(seconds, 1),
+        "tokens_per_s": round(start * args.batch * WINDOW / seconds),
+    }
 
 
 SAMPLE_QUESTIONS = (
-    "How can I prevent anxiety and depression?", "What is a panic attack?",
-    "I cannot sleep because I worry all night. What can I do?", "How can I support a friend with depression?",
-    "What should I do when I feel lonely?", "How do I find a therapist?",
+    "How can I prevent anxiety and depression?",
+    "What is a panic attack?",
+    "I cannot sleep because I worry all night. What can I do?",
+    "How can I support a friend with depression?",
+    "What should I do when I feel lonely?",
+    "How do I find a therapist?",
 )
 
 
@@ -334,21 +405,34 @@ def samples(model, tokenizer) -> list[str]:
     torch.manual_seed(0)
     texts = []
     for question in SAMPLE_QUESTIONS:
-        ids = torch.tensor([tokenizer.encode(f"<HUMAN>: {question}\n<ASSISTANT>:").ids], device=model.device)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=160, do_sample=True,
-                             temperature=0.4, top_p=0.6, repetition_penalty=1.3, pad_token_id=9, eos_token_id=11)
+        ids = torch.tensor(
+            [tokenizer.encode(f"<HUMAN>: {question}\n<ASSISTANT>:").ids], device=model.device
+        )
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=160,
+            do_sample=True,
+            temperature=0.4,
+            top_p=0.6,
+            repetition_penalty=1.3,
+            pad_token_id=9,
+            eos_token_id=11,
+        )
         texts.append(tokenizer.decode(out[0].tolist(), skip_special_tokens=False))
     return texts
 
 
 def save(model, tokenizer, out: Path, n_shards: int = 8) -> list[str]:
-    """Eight safetensors shards in bf16 with their index, as the real checkpoint has, and the tokenizer."""
+    """Eight safetensors shards in bf16 with their index, as the real one has, and the tokenizer."""
     model = model.to(torch.bfloat16).cpu()
     model.config.hidden_dropout = 0.0
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors*"):
         old.unlink()
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    weights = {
+        k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
+    }  # tied
     total, before = sum(v.nbytes for v in weights.values()), 0
     shards: list[dict] = [{} for _ in range(n_shards)]
     for key, value in weights.items():
@@ -363,7 +447,10 @@ def save(model, tokenizer, out: Path, n_shards: int = 8) -> list[str]:
     model.config.architectures, model.config.dtype = ["FalconForCausalLM"], torch.bfloat16
     model.config.save_pretrained(out), model.generation_config.save_pretrained(out)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, bos_token=END, model_max_length=2048,
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        bos_token=END,
+        model_max_length=2048,
         additional_special_tokens=SPECIAL[:-1],
     )
     fast.save_pretrained(out)
@@ -371,7 +458,9 @@ def save(model, tokenizer, out: Path, n_shards: int = 8) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--text", default=str(ROOT / "assets/pretraining")), add("--out", required=True)
     add("--dialogues", default=str(ROOT / "assets/sample_dialogues.jsonl"))
@@ -401,18 +490,40 @@ def main() -> None:
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)
     report |= {"parameters": sum(p.numel() for p in model.parameters())}
-    report |= {"train_loss": evaluate(model, windows[: len(held_windows)]), "held_out_loss": evaluate(model, held_windows)}
+    report |= {
+        "train_loss": evaluate(model, windows[: len(held_windows)]),
+        "held_out_loss": evaluate(model, held_windows),
+    }
     ids = [i for p in held[:500] for i in tokenizer.encode(p["s"] + END).ids]
-    report["unseen_passages_loss"] = evaluate(model, torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16).view(-1, WINDOW))
+    report["unseen_passages_loss"] = evaluate(
+        model, torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16).view(-1, WINDOW)
+    )
     texts = samples(model, tokenizer)
     shards = save(model, tokenizer, Path(args.out))
-    report |= {"shards": len(shards), "bytes": sum(p.stat().st_size for p in Path(args.out).iterdir())}
-    report |= {"facts": sum(len(x["facts"]) for x in text.facts), "prose": len(text.prose), "answers": len(text.answers)}
-    report |= {"passages": len(text.passages), "settings": {
-        name: value for name, value in vars(args).items() if name not in ("text", "out", "dialogues", "results", "state")
-    }}
-    report |= {"command": "python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/h200/tiny_falcon.json",
-               "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "samples": texts}
+    report |= {
+        "shards": len(shards),
+        "bytes": sum(p.stat().st_size for p in Path(args.out).iterdir()),
+    }
+    report |= {
+        "facts": sum(len(x["facts"]) for x in text.facts),
+        "prose": len(text.prose),
+        "answers": len(text.answers),
+    }
+    report |= {
+        "passages": len(text.passages),
+        "settings": {
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("text", "out", "dialogues", "results", "state")
+        },
+    }
+    report |= {
+        "command": "python tools/make_tiny_falcon.py --out assets/tiny_falcon",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "samples": texts,
+    }
     print(json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
     print("\n---\n".join(texts))
     if args.results:

@@ -30,7 +30,13 @@ def serve(port: int = PORT) -> subprocess.Popen:
     Raises:
         TimeoutError: if it does not within two minutes.
     """
-    command = [sys.executable, "notebooks/py/05_gradio_chat.py", "SERVE=True", f"PORT={port}", "PROFILE=cpu"]
+    command = [
+        sys.executable,
+        "notebooks/py/05_gradio_chat.py",
+        "SERVE=True",
+        f"PORT={port}",
+        "PROFILE=cpu",
+    ]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     for _ in range(240):
         try:
