@@ -457,6 +457,13 @@ def save(model, tokenizer, out: Path, n_shards: int = 8) -> list[str]:
     return names
 
 
+def write_card(out: Path, report: dict) -> None:
+    """The model card, its figures filled in from the run's own report."""
+    values = report["settings"] | report
+    card = Path(__file__).with_name("tiny_falcon_card.md").read_text()
+    (out / "README.md").write_text(card.format(**values))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -526,6 +533,7 @@ def main() -> None:
     }
     print(json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
     print("\n---\n".join(texts))
+    write_card(Path(args.out), report)
     if args.results:
         Path(args.results).parent.mkdir(parents=True, exist_ok=True)
         Path(args.results).write_text(json.dumps(report, indent=1) + "\n")
