@@ -83,6 +83,7 @@ def adapters_to_fp32(trainer: Trainer) -> int:
 
     Example:
         >>> from types import SimpleNamespace
+        >>> import torch
         >>> layer = torch.nn.Linear(2, 3, dtype=torch.bfloat16)
         >>> adapters_to_fp32(SimpleNamespace(model=layer, optimizer=None)), layer.weight.dtype
         (9, torch.float32)

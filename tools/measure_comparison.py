@@ -40,7 +40,7 @@ def main() -> None:
     def measure(name: str) -> None:
         runs = [generate_texts(model, tokenizer, prompts, config, seed) for seed in SEEDS]
         said = [answer for run in runs for answer in run]
-        figures[name] = score_answers(said, groups=test["question"] * len(SEEDS), limit=256)
+        figures[name] = score_answers(said, groups=list(test["question"]) * len(SEEDS), limit=256)
         losses[name] = answer_losses(model, tokenizer, test)[0]
         figures[name]["answer_loss"] = mean_interval(losses[name])
         for question, answer in zip(test["question"], said, strict=False):

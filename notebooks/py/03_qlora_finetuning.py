@@ -1,0 +1,468 @@
+# %% [markdown] tags=["generated"]
+# # 03 · Fine-tuning
+#
+# [← 02 · Four bits per weight](02_nf4_quantization.ipynb) | [04 · Base against adapter →](04_base_vs_peft.ipynb)
+
+# %% [markdown]
+# After this page you know what LoRA adds to a frozen 4-bit layer, how many numbers are trained
+# and where the memory goes; you will have trained an adapter with the article's settings, watched
+# the loss on rows that it never saw, kept the best step, and saved the adapter. If the runtime
+# dies on the way, run the page again: it goes on where it was.
+#
+# | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
+# | --- | --- | --- | --- |
+# | GPU memory, GiB | not measured yet | not measured yet | none |
+# | Minutes | not measured yet | not measured yet | about 1 |
+# | Steps | 320 | 150 | 60 |
+#
+# The setup cell finds the helpers and prints what we run on.
+
+# %% tags=["setup"]
+import subprocess, sys
+from pathlib import Path
+
+url = "https://github.com/OWNER/falcon-qlora-notebooks"
+here = Path(globals().get("__file__", "notebook")).resolve()
+root = next((p for p in here.parents if (p / "requirements.txt").exists()), Path("falcon-qlora"))
+if not root.exists():  # the notebook alone was opened, as in Colab: fetch the rest
+    subprocess.check_call(["git", "clone", "--depth=1", url, root])
+sys.path.insert(0, str(root.resolve()))
+from tools.colab_setup import override, prepare
+
+print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on
+
+# %% [markdown]
+# Everything we may want to change stands in the next cell and nowhere else. `None` takes the
+# profile's own value.
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # "a100", "t4" or "cpu"; auto looks at the GPU
+MODEL, REVISION = None, None  # a Hub id or a folder; a commit or branch on the Hub
+DATASET = None  # only used if notebook 01 left nothing in artifacts/dataset
+MAX_STEPS, BATCH_SIZE, ACCUMULATION, MAX_LENGTH = None, None, None, None
+EARLY_STOP = None  # stop when the held-out loss has not improved three times
+FUSED_ATTENTION = True  # one key/value head for all query heads, in a fast kernel
+RESUME, FORCE_RESUME = True, False  # go on from the last valid checkpoint; even if settings changed
+SEED = 0
+WANDB = "offline"  # "online" wants WANDB_API_KEY; "disabled"
+OUTPUT = "artifacts/checkpoints"
+DRIVE = None  # a second folder for checkpoints and adapter, such as /content/drive/MyDrive/falcon
+HUB_REPO = None  # "you/name" pushes the adapter at the end
+override(globals())
+
+# %% [markdown]
+# ## 1. Rows and model
+# First the machine's profile, with those of its values replaced that we set above.
+
+# %%
+from dataclasses import replace
+from helpers.profiles import detect_profile
+
+profile = detect_profile(PROFILE, model=MODEL)
+own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMULATION,
+       "max_length": MAX_LENGTH, "early_stop": EARLY_STOP}
+profile = replace(profile, **{name: value for name, value in own.items() if value is not None})
+
+# %% [markdown]
+# Notebook 01 left three parts in `artifacts/dataset`; without them we make the same parts again
+# from the same seed. The test part stays closed.
+
+# %%
+from datasets import Dataset, load_from_disk
+from helpers.dialogues import load_dialogues, split_rows, to_prompt_completion
+
+is_there = Path("artifacts/dataset").exists() and DATASET is None
+where = "artifacts/dataset" if is_there else DATASET or profile.dataset
+parts = load_from_disk(where) if is_there else split_rows(load_dialogues(where)[0], seed=SEED)
+print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to watch,",
+      f"from {Path(where).name}")
+
+# %% [markdown]
+# We see seven to eight rows to train on for each row to watch. Now the model, in NF4 as on
+# page 02. The loader proves that every linear layer is quantized; we ask once more, because
+# today's libraries can leave Falcon in 16 bits without a word.
+
+# %%
+from helpers.falcon import assert_quantized, load_falcon, load_tokenizer, use_fused_attention
+
+model = load_falcon(profile.model, profile, revision=REVISION)
+tokenizer = load_tokenizer(profile.model, REVISION)
+n_fused, n_4bit = use_fused_attention(model, FUSED_ATTENTION), assert_quantized(model)
+print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.compute_dtype}")
+
+# %% [markdown]
+# We see four 4-bit layers for each decoder layer, as predicted on page 02. The weights are stored
+# in 4 bits and multiplied in the dtype printed last: the *compute dtype*. The article calls it
+# "full precision"; on a GPU it is a 16-bit format.
+#
+# ## 2. LoRA by hand
+# A 4-bit weight cannot be trained: its gradient would be far smaller than the gap between two
+# levels. LoRA leaves the weight $W$ alone and adds a product of two thin matrices to what it
+# computes: $Wx + \frac{\alpha}{r} B A x$. $A$ starts at random, $B$ at zero. We make both for one
+# layer.
+
+# %%
+import torch
+
+layer, rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32
+generator = torch.Generator().manual_seed(SEED)
+x = torch.randn(1, layer.in_features, generator=generator).to(profile.device, profile.compute_dtype)
+lora_a = (torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5).to(x)
+lora_b = torch.zeros(layer.out_features, rank).to(x)
+
+# %% [markdown]
+# We predict that the sum starts as exactly $Wx$, and that it moves away as soon as $B$ does.
+
+# %%
+with torch.no_grad():
+    alone = layer(x)
+    at_start = alone + alpha / rank * (x @ lora_a.T) @ lora_b.T
+    moved = alone + alpha / rank * (x @ lora_a.T) @ (lora_b + 0.01).T
+equal = [torch.equal(alone, at_start), torch.equal(alone, moved)]
+print(f"equal at the start: {equal[0]}; after a step of B: {equal[1]}")
+assert equal == [True, False]
+
+# %% [markdown]
+# We see True, then False: training starts from the base model itself, not from a damaged copy of
+# it. The article's settings are rank 32 and α 32, so the factor α/r is 1, on all four linears.
+# Each gets $r$ times (in + out) new numbers, which we add up before anything is built.
+
+# %%
+from peft import LoraConfig, PeftModel
+
+linears = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+is_falcon = model.config.model_type == "falcon"
+lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM",
+                  target_modules=linears if is_falcon else "all-linear")
+layers = [m for n, m in model.named_modules() if n.split(".")[-1] in linears]
+n_predicted = sum(rank * (m.in_features + m.out_features) for m in layers)
+print(f"{len(layers)} layers, {n_predicted:,} numbers to train:",
+      f"{n_predicted * 4 / 1e6:.1f} MB in 32 bits")
+
+# %% [markdown]
+# We see as many layers as were in 4 bits above. That is one road to the count of numbers; the
+# other comes when the trainer has built the adapters. For Falcon-7B both give 65,273,856, about
+# 1 % of the model; the article's one adapter file of 261 MB is called "249M" in one cell and
+# "261M" in another, which are the same bytes in MiB and MB.
+#
+# ## 3. Where the memory goes
+# Before anything is trained, we add up what a step needs. On a GPU the largest part decides
+# whether the run fits.
+
+# %%
+from helpers.profiles import GIB, plan_memory
+
+plan = plan_memory(profile, model.config, rank=rank)
+for part, size in sorted(plan.items(), key=lambda item: -item[1]):
+    print(f"{part:12} {size / GIB:8.3f} GiB")
+print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
+      f"at {profile.batch_size} x {profile.max_length} tokens")
+
+# %% [markdown]
+# We see the largest part first: it is what to make smaller if a run does not fit. Weights are
+# fixed. Activations grow with batch and length. The optimizer keeps two numbers for each number
+# trained; *paged* means that these may move to host memory when the GPU is full. It is the
+# optimizer's state that is paged, never the weights.
+#
+# ## 4. Order of rows
+# All rows of all steps are laid out now, from the seed: shuffled anew for each pass, and sorted
+# by length inside each step, as page 01 showed.
+
+# %%
+import os
+from helpers.training import row_order
+
+pairs = to_prompt_completion(parts["train"])
+texts = [p + c + tokenizer.eos_token for p, c in zip(pairs["prompt"], pairs["completion"])]
+lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+rows_per_step = profile.batch_size * profile.accumulation * n_processes
+order = row_order(lengths, rows_per_step, profile.max_steps, seed=SEED)
+train_rows = Dataset.from_dict(pairs.select(order).to_dict())
+print(f"{profile.max_steps} steps of {rows_per_step} rows; the first begins with {order[:4]}")
+
+# %% [markdown]
+# We see row numbers out of order: the first four of the first step, its longest.
+#
+# ## 5. The recipe
+# The article's values, in today's words. `max_seq_length` is now `max_length`, `group_by_length`
+# a sampling strategy (ours is `sequential`: the order is laid out already), `warmup_ratio` a
+# fraction in `warmup_steps`. New are an evaluation every few steps, and that the best step is
+# kept and not the last.
+
+# %%
+from tools.handover import start_wandb
+from trl import SFTConfig, SFTTrainer
+
+args = SFTConfig(
+    output_dir=OUTPUT,
+    max_steps=profile.max_steps,
+    per_device_train_batch_size=profile.batch_size,
+    gradient_accumulation_steps=profile.accumulation,
+    per_device_eval_batch_size=profile.batch_size,
+    max_length=profile.max_length,
+    learning_rate=profile.learning_rate,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,
+    max_grad_norm=0.3,
+    optim=profile.optim,
+    bf16=profile.compute_dtype is torch.bfloat16,
+    fp16=profile.compute_dtype is torch.float16,
+    activation_checkpointing=profile.gradient_checkpointing,
+    train_sampling_strategy="sequential",
+    eval_strategy="steps", eval_steps=profile.eval_steps, eval_on_start=True,
+    save_strategy="steps", save_steps=profile.eval_steps, save_total_limit=2,
+    load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+    logging_steps=1, disable_tqdm=True, restore_callback_states_from_checkpoint=True,
+    report_to=start_wandb(WANDB, "falcon-qlora", {"profile": profile.name}),
+    run_name="falcon-qlora", use_cpu=not profile.on_gpu, seed=SEED,
+)
+print(f"{args.max_steps} steps, rate {args.learning_rate}, bf16 {args.bf16}, fp16 {args.fp16}")
+
+# %% [markdown]
+# We see at most one of the two flags on: bf16 on an A100, fp16 on a T4, none on a CPU.
+#
+# ## 6. The trainer
+# `SFTTrainer` takes the quantized model and the LoRA settings and builds the adapters. Before it
+# does, we note in `mark` what a checkpoint must match to belong to this run.
+
+# %%
+from helpers.checkpoints import fingerprint
+from helpers.training import ProgressLines, adapters_to_fp32
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+set_seed(SEED)
+mark = fingerprint(args, lora, train_rows, base=profile.model)
+progress = ProgressLines(rows=len(parts["train"]))
+trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_config=lora,
+                     train_dataset=train_rows,
+                     eval_dataset=to_prompt_completion(parts["validation"]),
+                     callbacks=[progress] + [EarlyStoppingCallback(3)] * profile.early_stop)
+
+# %% [markdown]
+# The trainer has cast the adapters to bfloat16, whatever the precision flags say; a T4 in fp16
+# dies of that at its first step, and a CPU crawls. On those two we cast them back. We also take
+# out the library's own progress printer: `progress` says less, and more plainly.
+
+# %%
+trainer.remove_callback(PrinterCallback)
+if profile.compute_dtype is not torch.bfloat16:
+    adapters_to_fp32(trainer)
+n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
+assert n_trainable == n_predicted or not is_falcon
+
+# %% [markdown]
+# We see two roads lead to one number. Before we train, one look at what the trainer made of the
+# rows: the labels of its first row must be −100 on the prompt and carry on to the end-of-text
+# token.
+
+# %%
+row = trainer.train_dataset[0]
+n_masked, end = sum(label == -100 for label in row["labels"]), tokenizer.decode(row["labels"][-5:])
+print(f"{len(row['labels'])} labels, {n_masked} masked; learned text ends in {end!r}")
+assert tokenizer.decode(row["input_ids"][:n_masked]) == pairs["prompt"][order[0]]
+assert row["labels"][-1] == tokenizer.eos_token_id or len(row["labels"]) == args.max_length
+
+# %% [markdown]
+# We see that the masked part is the smaller one, a question before its answer; the mask is
+# page 01's, made this time by the library itself.
+#
+# ## 7. Train, or go on
+# A checkpoint counts only if its manifest does: sizes, checksums and the settings that it was
+# made with. A damaged one is set aside and the one before it is taken; if a setting was changed,
+# the page stops in a sentence rather than going on wrongly. With nothing to go on from, it starts.
+
+# %%
+from helpers.checkpoints import CheckpointManifest, last_valid_checkpoint, train_and_survive
+
+trainer.add_callback(CheckpointManifest(mark, mirror=DRIVE))
+where_to_look = {"folder": args.output_dir, "mark": mark, "mirror": DRIVE, "force": FORCE_RESUME}
+print(f"a checkpoint must match {len(mark)} settings")
+
+# %% [markdown]
+# Now the training itself. The first line says whether it goes on or starts, the next how many
+# passes over the rows the steps make; then each evaluation adds a line: the loss on the rows
+# trained on, the loss on the rows held out, and the time left. Stopping the cell saves a
+# checkpoint; run it again to go on.
+
+# %%
+resume = last_valid_checkpoint(**where_to_look) if RESUME else None
+print("going on from", Path(resume).name) if resume else print("a fresh start")
+finished = train_and_survive(trainer, resume)
+print("finished" if finished else "stopped; run this cell again to go on")
+
+# %% [markdown]
+# We see the held-out loss fall steeply at first and then hardly at all, or turn upwards if the
+# passes are many. The trainer has kept every figure; we take both losses from its log.
+
+# %%
+history = trainer.state.log_history
+train_curve = [(h["step"], h["loss"]) for h in history if "loss" in h]
+held_out = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
+best_step, best_loss = min(held_out, key=lambda point: point[1])
+
+# %% [markdown]
+# Drawn over the steps, the two show what the lines above could only hint at.
+
+# %%
+from tools.figures import COLOURS, new_figure, show
+
+figure, axis = new_figure(size=(8, 3.2))
+axis.plot(*zip(*train_curve), color=COLOURS[2], label="rows trained on")
+axis.plot(*zip(*held_out), color=COLOURS[6], marker="o", label="rows held out")
+star = axis.plot(best_step, best_loss, "*", markersize=16, color=COLOURS[0], label="kept")
+
+# %% [markdown]
+# Three marks on one pair of axes; they want names, and a text for those who cannot see them.
+
+# %%
+axis.set(xlabel="optimizer step", ylabel="loss, nats per answer token", ylim=(0, None))
+axis.legend()
+show(figure, alt="Training and held-out loss by optimizer step. Both fall at first; then the "
+     "training loss stays below the held-out loss. A star marks the step kept.")
+
+# %% [markdown]
+# We see the training loss end below the held-out loss: the model has begun to learn rows by heart.
+# The star is the step that is kept. The article kept its last, after some 116 passes, and reports
+# the loss there on the rows it had trained on, 0.031; nothing was held out, so nobody could see
+# what those passes did to new questions. Ours we can put in figures.
+
+# %%
+first_loss = held_out[0][1]
+print(f"held out: {first_loss:.3f} before training, {best_loss:.3f} at step {best_step}: "
+      f"{1 - best_loss / first_loss:.0%} lower")
+assert best_loss < first_loss, "training did not lower the held-out loss"
+
+# %% [markdown]
+# We see a lower loss than before training on questions the model never saw: it has learned
+# something about answering, not only these answers. What that is worth, page 04 asks.
+#
+# ## 8. Save, and load back
+# The adapter is all we keep: the base is the same for everyone. We save it as it was at the
+# star.
+
+# %%
+folder = "artifacts/adapter"
+trainer.save_model(folder)
+files = {p.name: p.stat().st_size for p in Path(folder).iterdir()}
+print(f"{files['adapter_model.safetensors'] / 1e6:.1f} MB in {folder}")
+
+# %% [markdown]
+# We see the MB that section 2 predicted: the file holds the numbers that were trained and nothing
+# else. Beside it goes a card that says what it was made from.
+
+# %%
+from tools.handover import write_model_card
+
+write_model_card(folder, {"base": profile.model, "data": Path(where).name, "steps": best_step,
+                          "held-out loss": round(best_loss, 4), "rows": len(parts["train"])})
+
+# %% [markdown]
+# We see that the card lies in the adapter's own folder. But does the file of weights hold what was
+# trained? We note the logits for one prompt while the trained adapters are still in place.
+
+# %%
+trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+ids = tokenizer(pairs["prompt"][0], return_tensors="pt").input_ids.to(profile.device)
+with torch.no_grad():
+    before = trained(input_ids=ids).logits
+
+# %% [markdown]
+# Now we take the adapters off, load the file onto the bare base, and predict equal logits, bit for
+# bit.
+
+# %%
+base = trained.unload()
+with torch.no_grad():
+    after = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
+print(f"logits equal bit for bit: {torch.equal(before, after)}")
+assert torch.equal(before, after)
+
+# %% [markdown]
+# We see True: what was saved is what was trained. If you set `DRIVE` or `HUB_REPO`, the next cell
+# takes a copy there; by default it does nothing, and no cell of this series ever asks for a login.
+
+# %%
+import shutil
+
+if DRIVE:
+    shutil.copytree(folder, Path(DRIVE) / "adapter", dirs_exist_ok=True)
+if HUB_REPO:
+    trained.push_to_hub(HUB_REPO)
+print("copied to:", [place for place in (DRIVE, HUB_REPO) if place] or "nowhere else")
+
+# %% [markdown]
+# The line names every place that holds a copy.
+#
+# ## 9. What it cost
+# The plan of section 3 against what was used. On any machine we can compare bytes: those planned
+# for the adapters, and those of the file.
+
+# %%
+print(f"adapters: planned {plan['adapters']:,} bytes, saved {files['adapter_model.safetensors']:,}")
+
+# %% [markdown]
+# We see the two agree up to a header of a few kB. Time we can measure anywhere too; the peak of
+# the memory is known on a GPU alone, where the caching allocator tells it.
+
+# %%
+if profile.on_gpu:
+    peak = torch.cuda.max_memory_allocated() / GIB
+    print(f"peak {peak:.2f} GiB allocated, planned {sum(plan.values()) / GIB:.2f} GiB")
+print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_seconds:.1f} rows/s")
+
+# %% [markdown]
+# We see what one step takes in seconds; times the number of steps, that is nearly all of this
+# page's time. What a step costs on Falcon-7B, measured on a card that we could use, follows.
+
+# %% [markdown] tags=["results-table"]
+# Twenty steps of this page on a Falcon-7B of random weights and the true shape, A100 profile, the
+# article's rows:
+#
+# <!-- table
+# column: H200, random weights = results/h200/falcon7b.json
+# row: Rows a step = training.rows_per_step
+# row: Seconds a step = training.step_seconds
+# row: Useful tokens a second, padding not counted = training.useful_tokens_per_s
+# row: Peak GPU memory, GiB = training.peak_gib
+# row: Planned activations at 16 x 1,024 tokens, GiB = training.planned_gib.activations
+# -->
+# | | H200, random weights |
+# | --- | ---: |
+# | Rows a step | 64 |
+# | Seconds a step | 2.82 |
+# | Useful tokens a second, padding not counted | 4,957 |
+# | Peak GPU memory, GiB | 11.8 |
+# | Planned activations at 16 x 1,024 tokens, GiB | 8.04 |
+#
+# Measured on H200, random weights: NVIDIA H200, 2026-11-24, [falcon7b.json](../results/h200/falcon7b.json).
+# <!-- end -->
+
+# %% [markdown]
+# No A100 and no T4 could be had for this project: their figures are predictions until someone
+# runs this page there.
+#
+# > **Note.** The log of the run lies in `artifacts/wandb/`, offline. With an account,
+# > `wandb sync artifacts/wandb/offline-run-*` sends it; `WANDB = "disabled"` writes none.
+#
+# > **Why?** Several GPUs run this same page as a script:
+# > `accelerate launch notebooks/py/03_qlora_finetuning.py`. Each process holds the model on its
+# > own card and takes its share of every step's rows.
+#
+# ## 10. What you have now
+# An adapter of a few MB (261 MB for Falcon-7B) that turns a base model into one that answers, the
+# step at which new questions stopped profiting, and a run that a dead runtime cannot undo.
+#
+# ## 11. Exercises
+# 1. Set `MAX_STEPS` to four times the profile's and `EARLY_STOP = False`. Expect the held-out loss
+#    to turn upwards, and the training loss to go towards zero.
+# 2. Set `FUSED_ATTENTION = False`. Expect the same losses to within rounding, more slowly on a GPU.
+# 3. Kill the kernel half-way and run the page again. Expect "going on from checkpoint-…" and the
+#    same losses after it.
+#
+# ## 12. Sources and next
+# Hu et al. (2021), [LoRA](https://arxiv.org/abs/2106.09685), section 4. Dettmers et al. (2023),
+# [QLoRA](https://arxiv.org/abs/2305.14314), section 3. The article's notebook:
+# [iamarunbrahma/finetuned-qlora-falcon7b-medical](https://github.com/iamarunbrahma/finetuned-qlora-falcon7b-medical).
+# Next: [04](04_base_vs_peft.ipynb) asks base and adapter the same questions.
