@@ -22,7 +22,7 @@ from tools.series import TITLES
 ROOT = Path(__file__).resolve().parent.parent
 SLUGS = list(TITLES)
 SMALL = ("PROFILE=cpu", "MAX_STEPS=6")
-COPIED = ("helpers", "tools", "notebooks", "assets", "results")
+COPIED = ("helpers", "tools", "notebooks", "assets", "results", "docs")
 COPIED += ("requirements.txt", "pyproject.toml")
 ALONE = SLUGS[1:]  # the first of those in order is alone too
 
