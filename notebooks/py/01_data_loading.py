@@ -137,7 +137,7 @@ for cut in (256, 512, 1024):
     axis.text(cut + 8, axis.get_ylim()[1] * 0.9, f"{cut}: {summary[f'over_{cut}']} rows over")
 axis.set(xlabel="tokens a row, end-of-text included", ylabel="rows")
 show(figure, alt="Histogram of row lengths in tokens with dashed lines at the cuts 256, 512 and "
-     "1,024. Nearly all rows lie left of 512; far fewer than half lie right of 256.")
+     "1,024. Nearly all rows lie left of 512; under half lie right of 256.")
 
 # %% [markdown]
 # We see a hill well to the left of 512. A cut at 1,024, the article's, touches nothing and costs
@@ -151,7 +151,7 @@ show(figure, alt="Histogram of row lengths in tokens with dashed lines at the cu
 # ## 4. What padding costs
 # Rows of a batch are padded to the longest. How much of the work goes into padding if 16 rows
 # are drawn at random, as the article's trainer would with a plain shuffle, and how much if each
-# step's rows are first sorted by length? We predict a third or more, and a fraction of that.
+# step's rows are first sorted by length? We predict about a third, and a fraction of that.
 
 # %%
 from helpers.training import padding_share, row_order
