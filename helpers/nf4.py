@@ -376,7 +376,7 @@ def weight_map(model: str, revision: str | None = None) -> dict[str, str]:
     )
 
 
-def _open_weights(path: str):
+def _open_weights(path: str) -> object:
     """Open a weight file without reading it: an object with `keys()` and the tensors."""
     if path.endswith(".safetensors"):
         return safe_open(path, framework="pt")

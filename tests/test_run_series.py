@@ -63,7 +63,7 @@ def test_unknown_constants_and_notebooks_are_named(in_step: Path) -> None:
 def test_peak_memory_is_the_notebook_s_own(in_step: Path) -> None:
     """300 MB must show in the figure of the notebook that holds them, and only there."""
     twin = in_step / "notebooks/py/01_data_loading.py"
-    heavy = "# We count.\n\n# %%\nb'x' * 3 * 10**8;\n"
+    heavy = "# We count.\n\n# %%\nimport time; held = b'x' * 3 * 10**8; time.sleep(1)\n"
     twin.write_text(twin.read_text().replace("# We count.\n", heavy))
     series.sync(in_step)
     assert run(in_step).returncode == 0

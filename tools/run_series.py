@@ -44,6 +44,9 @@ def constants(notebook: Path) -> dict[str, Any]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = literal(node.value)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            for target, value in zip(node.targets[0].elts, node.value.elts, strict=True):
+                found[target.id] = literal(value)
     return {name: value for name, value in found.items() if name.isupper()}
 
 

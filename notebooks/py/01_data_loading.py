@@ -12,7 +12,7 @@
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
 # | GPU memory, GiB | none | none | none |
-# | Minutes | under 1 | under 1 | under 1 |
+# | Minutes | not measured yet | not measured yet | under 1 |
 #
 # The setup cell finds the helpers and prints what we run on.
 
@@ -255,7 +255,8 @@ print(f"{len(touching)} of {len(rows)} rows mention suicide, {len(asking)} of th
 # and after the model, and answers a cry for help with a fixed text and telephone numbers.
 #
 # > **Note.** If you are in danger or thinking of ending your life, please reach a person now:
-# > your local emergency number, or a line near you from [findahelpline.com](https://findahelpline.com).
+# > your local emergency number, or a line near you from
+# > [findahelpline.com](https://findahelpline.com).
 #
 # ## 8. Save
 # The next notebooks read the three parts from `artifacts/`. If the folder is missing, in a

@@ -11,7 +11,7 @@
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
-# | GPU memory, GiB | under 6 | under 6 | none |
+# | GPU memory, GiB | not measured yet | not measured yet | none |
 # | Minutes | not measured yet | not measured yet | under 1 |
 #
 # The setup cell finds the helpers and prints what we run on.
@@ -137,11 +137,12 @@ for name, word in (("recall", "at risk and caught"), ("false_alarms", "harmless 
     print(f"{word}: {rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}], n = {rate['n']}")
 
 # %% [markdown]
-# We see a recall well under the nine in ten that one would want, and false alarms well over the
-# one in twenty. Real people will type still other things.
+# We see a share caught well under the nine in ten that one would want: of the messages at risk that
+# the rules had not seen, four in ten were missed. Of the harmless ones far more were stopped than
+# the one in twenty that one could accept. Real people will type still other things.
 #
-# > **Warning.** This is far from good enough for a service. The rules are a net under a
-# > demonstration; do not offer this page to people in need.
+# > **Warning.** This is far from good enough for a public service. The rules are a net under a
+# > demonstration: this page must not be offered to people in need.
 #
 # ## 3. What a model may say
 # The screen after the model holds every sentence back until it is read: doses or stopping a
@@ -321,8 +322,8 @@ print(f"{len(html):,} bytes", {words: words in html for words in ("not a person"
 assert PASSWORD or "not a person" in html
 
 # %% [markdown]
-# Both are there: disclaimer and help line are part of the page itself, before anything is typed. This is
-# how it looks after a message that only a person should answer.
+# Both are there: disclaimer and help line are part of the page itself, before anything is typed.
+# This is how it looks after a message that only a person should answer.
 
 # %% tags=["picture"] active="ipynb"
 # from tools.figures import show
