@@ -246,8 +246,8 @@ print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest /
 assert biggest <= 2 * whole / len(parts)
 
 # %% [markdown]
-# The last figure is what one file at a time asks of the host: the biggest shard instead of the
-# whole. Today's loaders map files into memory and could do without shards; downloads that
+# The last figure is what a loader that reads one file at a time would ask of the host: the biggest
+# shard instead of the whole. What today's really takes was not told apart from mapped files yet. Today's loaders map files into memory and could do without shards; downloads that
 # resume and smaller machines still profit.
 #
 # > **Note.** The article has shards "moved between CPU and GPU". Each weight makes one journey:
