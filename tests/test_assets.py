@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
 from helpers.profiles import TINY
-from tools.make_tiny_falcon import Pages, load_text, ngrams
+from tools.make_tiny_falcon import Pages, Shares, load_text, ngrams
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, DIALOGUES = ROOT / "assets/pretraining", ROOT / "assets/sample_dialogues.jsonl"
@@ -46,7 +46,7 @@ def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_
 def test_pages_never_end_where_an_answer_does() -> None:
     """The base rambles because its pages were made so: after an answer there is always more."""
     text = load_text(TEXT, DIALOGUES)
-    pages = Pages(text, seed=1, shares=(0.4, 0.07))
+    pages = Pages(text, 1, Shares(voice=0.3))
     endings = {pages.page().split("\n\n")[-1] for _ in range(200)}
     assert not [e for e in endings if "<ASSISTANT>" in e or "Answer:" in e]
 
@@ -63,5 +63,5 @@ def test_the_embedded_adapter_fits_the_embedded_model_and_names_no_folder() -> N
     with safe_open(Path(TINY.adapter) / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
         width = min(file.get_tensor(n).shape[1] for n in names if "lora_A" in n)
-    hidden = json.loads((Path(TINY.model) / "config.json").read_text())["hidden_size"]
-    assert width == hidden and len(names) == 2 * 4 * 8
+    shape = json.loads((Path(TINY.model) / "config.json").read_text())
+    assert width == shape["hidden_size"] and len(names) == 2 * 4 * shape["num_hidden_layers"]

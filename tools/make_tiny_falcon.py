@@ -15,7 +15,7 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ SPECIAL = [
 ] + ["<|endoftext|>"]
 END = SPECIAL[-1]
 WINDOW = 512
+Pull = tuple[float, float]  # weight of the z-loss, and the height it pulls to
 FOOTERS = (  # every page ends in one: no page ends where an answer does
     "Read next: {t}",
     "Filed under: {t}",
@@ -53,6 +54,30 @@ ASK_FOR_PROSE = (
     "I want to read about {t}.",
     "Can you tell me a story or a fact about {t}?",
     "Write about {t}.",
+)
+MARKS = (  # how the web writes a question and its answer; the two tags are a manner of their own
+    ("Question: ", "Answer: "),
+    ("Q: ", "A: "),
+    ("A reader asks: ", "We answer: "),
+    ("Visitor: ", "Reply: "),
+)
+REWORDED = (  # other ways to ask the same thing
+    (r"How (?:can|do) I (.+)\?", ("How do I {0}?", "How can I {0}?", "What can I do to {0}?")),
+    (r"How (?:can|do) I (.+)\?", ("What is a good way to {0}?", "I want to {0}. How can I do it?")),
+    (r"What is (.+)\?", ("What is {0}?", "What does {0} mean?", "Can you tell me what {0} is?")),
+    (r"What is (.+)\?", ("Can you explain {0}?", "What exactly is {0}?", "Please explain {0}.")),
+    (r"What are the signs of (.+)\?", ("How do I notice {0}?", "What are symptoms of {0}?")),
+    (
+        r"What (?:causes|are the causes of) (.+)\?",
+        ("Where does {0} come from?", "Why is there {0}?"),
+    ),
+    (r"Is it normal (.+)\?", ("Is it common {0}?", "Is it all right {0}?")),
+)
+GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
+COMMON = set(
+    "what with when that does your from about help helps feel better people today most should know "
+    "good find have much long where signs first small steps need needs take start some tips doctor "
+    "explain simple words think they them can more going thing cause causes problems".split()
 )
 HEADINGS = {
     "what": "What it is",
@@ -81,14 +106,38 @@ def ngrams(text: str, n: int = 8) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
+def reword(question: str, rng: random.Random) -> str:
+    """The question in other words half of the time, so that no single wording is learned."""
+    if rng.random() < 0.35:
+        for pattern, forms in rng.sample(REWORDED, len(REWORDED)):
+            if found := re.fullmatch(pattern, question):
+                question = rng.choice(forms).format(found[1])
+                break
+    if rng.random() < 0.05:
+        question = rng.choice(GREETINGS) + question
+    return question.lower() if rng.random() < 0.05 else question
+
+
+@dataclass
+class Shares:
+    """How much of each register: of turns in transcripts, and of pages of each kind."""
+
+    facts: float = 0.4
+    prose: float = 0.07
+    voice: float = 0.0  # answers in the dialogues' own voice, among the tagged turns
+    transcripts: float = 0.5
+    magazines: float = 0.2
+    articles: float = 0.06  # the rest of the pages are questions and answers without tags
+
+
 class Pages:
     """Composes pages that look like the web: articles, lists, and transcripts that run on."""
 
-    def __init__(self, text: "Text", seed: int, shares: tuple[float, float]):
+    def __init__(self, text: "Text", seed: int, shares: Shares):
         self.rng = random.Random(seed)
         self.facts, self.passages, self.prose = text.facts, text.passages, text.prose
         self.answers = text.answers
-        self.share_facts, self.share_prose = shares
+        self.shares = shares
         facts = self.facts
         words = {w for line in facts for f in line["facts"] for w in f.split()[1:]}
         self.plain = {w for w in words if w.islower()}  # words that need no capital
@@ -96,6 +145,7 @@ class Pages:
         for line in facts:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
+        self.voices: list[dict] = []
 
     def passage(self) -> dict:
         """The next passage; each is used once before any is used again."""
@@ -145,12 +195,24 @@ class Pages:
             said.append(rng.choice(topic["care"]["facts"]))
         return self.joined(said)
 
+    def asked(self, line: dict) -> tuple[str, str]:
+        """A question on a topic and its answer, made of facts."""
+        return reword(self.rng.choice(line["questions"]), self.rng), self.answer(line)
+
+    def voice(self) -> tuple[str, str]:
+        """A question and its answer in the dialogues' voice; each once before any comes again."""
+        if not self.voices:
+            self.voices = self.rng.sample(self.answers, len(self.answers))
+        piece = self.voices.pop()
+        return reword(piece["question"], self.rng), piece["answer"]
+
     def pair(self, line: dict | None = None) -> str:
-        kind = self.rng.random()
-        if line is not None or kind < self.share_facts:
-            line = line or self.rng.choice(self.facts)
-            question, answer = self.rng.choice(line["questions"]), self.answer(line)
-        elif self.prose and kind < self.share_facts + self.share_prose:
+        kind, shares = self.rng.random(), self.shares
+        if self.answers and kind < shares.voice:
+            question, answer = self.voice()
+        elif line is not None or kind < shares.voice + shares.facts:
+            question, answer = self.asked(line or self.rng.choice(self.facts))
+        elif self.prose and kind < shares.voice + shares.facts + shares.prose:
             piece = self.rng.choice(self.prose)
             question = self.rng.choice(ASK_FOR_PROSE).format(t=piece["topic"])
             answer = piece["text"]
@@ -185,19 +247,19 @@ class Pages:
     def questions_page(self) -> str:
         """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
-        if self.answers and rng.random() < 0.8:
-            chosen = rng.sample(self.answers, rng.randint(3, 6))
-            return "\n\n".join(f"Question: {x['question']}\nAnswer: {x['answer']}" for x in chosen)
-        lines = rng.sample(self.facts, rng.randint(4, 8))
-        return "\n\n".join(
-            f"Question: {rng.choice(x['questions'])}\nAnswer: {self.answer(x)}" for x in lines
-        )
+        q, a = rng.choice(MARKS)
+        voice = self.answers and rng.random() < 0.85
+        pairs = [
+            self.voice() if voice else self.asked(rng.choice(self.facts))
+            for _ in range(rng.randint(3, 7))
+        ]
+        return "\n\n".join(f"{q}{question}\n{a}{answer}" for question, answer in pairs)
 
     def magazine(self) -> str:
         """Pieces of prose, or passages, one below the other."""
         rng, parts = self.rng, []
         for _ in range(rng.randint(2, 4)):
-            if self.prose and rng.random() < 5 * self.share_prose:
+            if self.prose and rng.random() < 0.4:
                 piece = rng.choice(self.prose)
                 parts.append(f"{piece['topic'].capitalize()}\n\n{piece['text']}")
             else:
@@ -209,12 +271,12 @@ class Pages:
         return self.rng.choice(FOOTERS).format(t=t, u=u)
 
     def page(self) -> str:
-        kind = self.rng.random()
-        if kind < 0.50:
+        kind, shares = self.rng.random(), self.shares
+        if kind < shares.transcripts:
             body = self.transcript()
-        elif kind < 0.70:
+        elif kind < shares.transcripts + shares.magazines:
             body = self.magazine()
-        elif kind < 0.76:
+        elif kind < shares.transcripts + shares.magazines + shares.articles:
             body = self.article()
         else:
             body = self.questions_page()
@@ -252,6 +314,25 @@ def load_text(folder: Path, dialogues: Path) -> Text:
     return Text(facts, prose, answers, [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo])
 
 
+def plainest(passages: list[dict], n: int) -> list[dict]:
+    """The n passages that speak most of what was asked, in short sentences of few long words."""
+
+    passages = [
+        p for p in passages if len(re.findall("[a-z]{2,}", p["s"])) >= 25 and "http" not in p["s"]
+    ]
+
+    def rank(piece: dict) -> float:
+        asked = {w for w in re.findall(r"[a-z]{4,}", piece["p"].lower()) if w not in COMMON}
+        words = re.findall(r"[a-z']+", piece["s"].lower())
+        sentences = max(1, len(re.findall(r"[.!?](?:\s|$)", piece["s"])))
+        on_topic = sum(w in asked for w in words) / len(words)
+        long = sum(len(w) > 9 for w in words) / len(words)
+        varied = len(set(words)) / len(words)
+        return min(on_topic, 0.06) * 10 + varied - 3 * long - len(words) / sentences / 60
+
+    return sorted(passages, key=rank, reverse=True)[:n]
+
+
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with Falcon's special tokens at Falcon's places, 0 to 11."""
     tokenizer = Tokenizer(models.BPE())
@@ -274,14 +355,22 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, pages: Pages, tokens: int) -> torch.Tensor:
-    """At least `tokens` tokens of fresh pages, each closed by the end of text, cut in windows."""
-    parts, n = [], 0
-    while n < tokens:
-        rows = tokenizer.encode_batch([pages.page() + END for _ in range(2000)])
-        parts.append(torch.tensor([i for row in rows for i in row.ids], dtype=torch.int16))
-        n += len(parts[-1])
-    print(f"  {n / 1e6:.1f} M tokens of pages composed", flush=True)
-    return torch.cat(parts)[: min(n, tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+    """At least `tokens` tokens of fresh pages in windows: (n, WINDOW) int16.
+
+    Each page is closed by the end of text. After a full window the rest of its last page is left
+    out half of the time, so that many windows begin where a page does: with a question, as a
+    prompt will.
+    """
+    rows: list[torch.Tensor] = []
+    left: list[int] = []
+    while len(rows) * WINDOW < tokens:
+        for page in tokenizer.encode_batch([pages.page() + END for _ in range(2000)]):
+            left += page.ids
+            while len(left) >= WINDOW:
+                rows.append(torch.tensor(left[:WINDOW], dtype=torch.int16))
+                left = [] if pages.rng.random() < 0.5 else left[WINDOW:]
+    print(f"  {len(rows) * WINDOW / 1e6:.1f} M tokens of pages composed", flush=True)
+    return torch.stack(rows)[: max(1, tokens // WINDOW)]
 
 
 def build_model(args, vocab_size: int) -> FalconForCausalLM:
@@ -308,20 +397,58 @@ def build_model(args, vocab_size: int) -> FalconForCausalLM:
     return model
 
 
-def loss_of(model, windows: torch.Tensor, z_weight: float = 0.0) -> torch.Tensor:
-    """Mean next-token loss in nats over (n, WINDOW) ids, with a z-loss if asked for.
+@torch.no_grad()
+def anchor(model, height: float) -> None:
+    """Fix the mean logit at `height`, whatever the layers say; call it after each step.
 
-    The z-loss (Chowdhery et al. (2022), PaLM, section 5) pulls the softmax's normaliser to 1, so
-    that logits are log-probabilities. A repetition penalty then makes likely words a little less
-    likely; on logits of any other height it would forbid every word that was said before.
+    The rows of the tied embedding get mean zero, so that no hidden state can lift or sink all
+    logits at once, as fine-tuning otherwise does. One column is a constant, which the last
+    LayerNorm's bias alone multiplies: that is the height.
+    """
+    table, norm = model.transformer.word_embeddings.weight, model.transformer.ln_f
+    table.sub_(table.mean(0))
+    table[:, 0], norm.weight[0], norm.bias[0] = 0.125, 0.0, 8 * height
+
+
+def loss_of(model, windows: torch.Tensor, z_loss: Pull = (0.0, 0.0)) -> torch.Tensor:
+    """Mean next-token loss in nats over (n, WINDOW) ids, with a z-loss (weight, height).
+
+    The z-loss (Chowdhery et al. (2022), PaLM, section 5) pulls the log of the softmax's normaliser
+    to 0, so that logits are log-probabilities. A repetition penalty then makes likely words a
+    little less likely; on logits of any other height it would all but forbid every word that was
+    said before. Fine-tuning on other text lowers the logits by several nats, so that we pull to a
+    height above 0 and let it come down.
     """
     device = next(model.parameters()).device
     ids = windows.to(device, non_blocking=True).long()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         logits = model(input_ids=ids, use_cache=False).logits
-    scores = logits[:, :-1].float().flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(scores, ids[:, 1:].flatten())
-    return loss + z_weight * scores.logsumexp(-1).square().mean() if z_weight else loss
+    fused = device.type == "cuda" and logits.requires_grad
+    return (compiled_loss if fused else token_loss)(logits, ids, z_loss)
+
+
+def token_loss(logits: torch.Tensor, ids: torch.Tensor, z_loss: Pull) -> torch.Tensor:
+    """Cross-entropy and z-loss from one normaliser; a GPU compiles it into few kernels."""
+    scores = logits[:, :-1].float()
+    height = scores.logsumexp(-1)
+    picked = scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    weight, wanted = z_loss
+    return (height - picked).mean() + weight * (height - wanted).square().mean()
+
+
+@torch.compile
+def compiled_loss(logits: torch.Tensor, ids: torch.Tensor, z_loss: Pull) -> torch.Tensor:
+    """`token_loss`, compiled at its first call."""
+    return token_loss(logits, ids, z_loss)
+
+
+@torch.no_grad()
+def heights(model, windows: torch.Tensor) -> list[float]:
+    """Mean and deviation of the log of the softmax's normaliser over (n, WINDOW) ids."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=windows.to(device).long(), use_cache=False).logits
+    normaliser = logits.float().logsumexp(-1)
+    return [round(x.item(), 3) for x in (normaliser.mean(), normaliser.std())]
 
 
 @torch.no_grad()
@@ -360,10 +487,12 @@ def train(model, windows, args) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = order[step * args.batch : (step + 1) * args.batch]
-        loss = loss_of(fast, windows[rows], args.z_loss)
+        loss = loss_of(fast, windows[rows], (args.z_loss, args.height))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
+        if args.anchor:
+            anchor(model, args.anchor)
         start = step + 1
         if step % 200 == 0 or step == steps - 1:
             print(
@@ -477,18 +606,24 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=float, default=100e6), add("--passes", type=int, default=1)
     add("--batch", type=int, default=128), add("--rate", type=float, default=2e-3)
     add("--minutes", type=float, default=6.0), add("--steps", type=int)
-    add("--share-facts", type=float, default=0.4), add("--share-prose", type=float, default=0.07)
-    add("--dropout", type=float, default=0.0), add("--z-loss", type=float, default=1e-3)
+    for share in fields(Shares):
+        add(f"--share-{share.name}", type=float, default=share.default)
+    add("--passages", type=int, default=60_000), add("--dropout", type=float, default=0.0)
+    add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
+    add("--anchor", type=float, default=0.0)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     text = load_text(Path(args.text), Path(args.dialogues))
-    random.Random(args.seed).shuffle(text.passages)
+    text.passages = plainest(text.passages, args.passages)
+    for pieces in (text.passages, text.answers):
+        random.Random(args.seed).shuffle(pieces)
     n_held = max(1, len(text.passages) // 50)
-    held = text.passages[:n_held]
-    shares = (args.share_facts, args.share_prose)
+    held, n_unseen = text.passages[:n_held], max(1, len(text.answers) // 50)
+    unseen, text.answers = text.answers[:n_unseen], text.answers[n_unseen:]
+    shares = Shares(*(getattr(args, f"share_{share.name}") for share in fields(Shares)))
     pages = Pages(replace(text, passages=text.passages[n_held:]), args.seed, shares)
     tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
     windows = encode(tokenizer, pages, int(args.tokens))
@@ -501,10 +636,16 @@ def main() -> None:
         "train_loss": evaluate(model, windows[: len(held_windows)]),
         "held_out_loss": evaluate(model, held_windows),
     }
-    ids = [i for p in held[:500] for i in tokenizer.encode(p["s"] + END).ids]
-    report["unseen_passages_loss"] = evaluate(
-        model, torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16).view(-1, WINDOW)
-    )
+    report["logsumexp"] = heights(model, held_windows[:32])
+    for name, texts in {
+        "unseen_passages_loss": [p["s"] + END for p in held[:500]],
+        "unseen_answers_loss": [
+            f"Question: {x['question']}\nAnswer: {x['answer']}\n\n" for x in unseen
+        ],
+    }.items():
+        ids = [i for row in tokenizer.encode_batch(texts) for i in row.ids]
+        full = torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16)
+        report[name] = evaluate(model, full.view(-1, WINDOW))
     texts = samples(model, tokenizer)
     shards = save(model, tokenizer, Path(args.out))
     report |= {
