@@ -632,3 +632,20 @@ def test_an_unknown_wandb_mode_is_refused_and_only_the_first_process_logs(monkey
         start_wandb("onlin", "p", {})
     monkeypatch.setenv("RANK", "1")
     assert start_wandb("offline", "p", {}) == "none"
+
+
+def test_adapters_come_back_from_a_checkpoint_in_32_bits_so_page_03_holds_them_so(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+    )
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)  # as the Trainer resumes
+    kinds = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert kinds == {torch.float32}, "mended in peft?"
+    page = Path(__file__).resolve().parent.parent / "notebooks/py/03_qlora_finetuning.py"
+    lines = page.read_text().splitlines()
+    assert "adapters_to_fp32(trainer)" in lines, "on some profile a resumed run changes its dtype"

@@ -240,14 +240,14 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
                      callbacks=[progress] + [EarlyStoppingCallback(3)] * profile.early_stop)
 
 # %% [markdown]
-# The trainer has cast the adapters to bfloat16, whatever the precision flags say; a T4 in fp16
-# dies of that at its first step, and a CPU crawls. On those two we cast them back. We also take
+# The trainer has cast the adapters to bfloat16, whatever the precision flags say: a T4 in fp16
+# dies of that at its first step, a CPU crawls, and on any machine a resumed run would differ,
+# since adapters come back from a checkpoint in 32 bits. We cast them to 32 bits now. We also take
 # out the library's own progress printer: `progress` says less, and more plainly.
 
 # %%
 trainer.remove_callback(PrinterCallback)
-if profile.compute_dtype is not torch.bfloat16:
-    adapters_to_fp32(trainer)
+adapters_to_fp32(trainer)
 n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
 assert n_trainable == n_predicted or not is_falcon
