@@ -39,7 +39,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 class Trap(TrainerCallback):
-    """Calls `spring(when, step, folder)` inside steps and before saves; what it does is the fault."""
+    """Calls `spring(when, step, folder)` inside steps and before saves: the fault."""
 
     def __init__(self, spring: Callable[[str, int, Path], None]):
         self.spring = spring
