@@ -207,7 +207,8 @@ def mark_of(rows=("a", "b"), base="you/falcon", lora=None, **settings) -> dict:
         dict(rows=("a",)), dict(base="you/llama"), dict(lora=dict(r=8)),
         dict(lora=dict(bias="all")), dict(lora=dict(lora_alpha=8)),
         dict(lora=dict(lora_dropout=0.0)),
-        dict(lora=dict(target_modules=["dense"])),
+        dict(lora=dict(target_modules=["dense"])), dict(lora=dict(use_rslora=True)),
+        dict(lora=dict(target_modules="all-linear")),
     ],
     ids=str,
 )  # fmt: skip
@@ -219,7 +220,8 @@ def test_all_that_decides_a_run_changes_its_fingerprint(change: dict) -> None:
 def test_a_fingerprint_is_flat_json_and_leaves_out_what_decides_nothing() -> None:
     mark = mark_of()
     assert json.loads(json.dumps(mark)) == mark
-    assert all(isinstance(value, str | int | float | None) for value in mark.values())
+    assert all(isinstance(v, str | int | float | list | None) for v in mark.values())
+    assert mark["LoRA target_modules"] == ["dense", "fc"], "a set has no order"
     same = dict(logging_steps=7, save_steps=7, save_total_limit=7, output_dir="y")
     assert fingerprint(
         SFTConfig(use_cpu=True, bf16=False, max_steps=9, **same),
