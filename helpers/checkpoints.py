@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, load_peft_weights
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from helpers.profiles import check_disk
 
 MANIFEST, LOCK, HERE, PEFT = "manifest.json", "run.lock", "mirror.here", "adapter_config.json"
+WAYS_ON = "set that back, or FORCE_RESUME = True to go on, or RESUME = False to start afresh"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate")
+LORA = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_rslora", "use_dora")
 SETTINGS = (
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_steps",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "bf16", "fp16",
@@ -27,7 +29,7 @@ SETTINGS = (
 
 def fingerprint(
     args: TrainingArguments, lora: LoraConfig, train_rows: list[dict], base: str = ""
-) -> dict[str, str | int | float | bool | None]:
+) -> dict[str, str | int | float | bool | list[str] | None]:
     """Write down everything that decides how a run ends, so that two runs can be told apart.
 
     Make it before the trainer is built: peft fills in the LoRA settings it is given. How often
@@ -49,14 +51,12 @@ def fingerprint(
         >>> mark["max_steps"], mark["LoRA r"], mark["lr_scheduler_type"]
         (9, 4, 'linear')
     """
-    rows, targets = hashlib.sha256(), lora.target_modules or ()
-    for row in train_rows:
-        rows.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    rows = json.dumps(list(train_rows), sort_keys=True, ensure_ascii=False).encode()
     mark = {name: getattr(args, name, None) for name in SETTINGS}
-    mark |= {f"LoRA {n}": getattr(lora, n) for n in ("r", "lora_alpha", "lora_dropout", "bias")}
-    mark["LoRA targets"] = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    mark |= {"rows (hash)": rows.hexdigest()[:12], "base model": Path(base).name}
-    return json.loads(json.dumps(mark | {name: version(name) for name in PACKAGES}))
+    mark |= {f"LoRA {name}": getattr(lora, name) for name in LORA}
+    mark |= {"rows (hash)": hashlib.sha256(rows).hexdigest()[:12], "base model": Path(base).name}
+    mark |= {name: version(name) for name in PACKAGES}
+    return json.loads(json.dumps(mark, default=sorted))  # target modules may be a set
 
 
 def _checkpoints(*folders: Path | None) -> list[Path]:
@@ -88,9 +88,8 @@ def write_manifest(folder: Path, step: int, mark: dict) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     files = {str(p.relative_to(folder)): _seal(p) for p in folder.rglob("*") if p.is_file()}
     unfinished = folder / f"{MANIFEST}.tmp"
-    with unfinished.open("w") as file:
-        json.dump({"step": step, "fingerprint": mark, "files": files}, file, indent=1)
-        file.flush()
+    unfinished.write_text(json.dumps({"step": step, "fingerprint": mark, "files": files}, indent=1))
+    with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, folder / MANIFEST)
 
@@ -124,15 +123,18 @@ def _set_aside(path: Path, word: str, reason: str) -> None:
         (target / "reason.txt").write_text(reason + "\n")
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, read the copy back, and only then give it its name."""
-    check_disk(str(target.parent), sum(p.stat().st_size for p in source.iterdir()))
-    staged = target.with_name("checkpoint.copying")
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(source, staged, copy_function=shutil.copyfile)
-    if fault := checkpoint_fault(staged):
-        raise OSError(f"the copy is not the original: {fault}")
-    staged.rename(target)
+def _copy_missing(source: Path | None, target: Path) -> None:
+    """Copy what only `source` has whole; a copy is read back before it gets its name."""
+    staged = target / "checkpoint.copying"
+    for path in _checkpoints(source):
+        if (target / path.name).exists() or checkpoint_fault(path):
+            continue
+        check_disk(str(target), sum(p.stat().st_size for p in path.iterdir()))
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(path, staged, copy_function=shutil.copyfile)
+        if fault := checkpoint_fault(staged):
+            raise OSError(f"the copy is not the original: {fault}")
+        staged.rename(target / path.name)
 
 
 def _newest_whole(folder: Path, mirror: Path | None) -> Path | None:
@@ -140,9 +142,7 @@ def _newest_whole(folder: Path, mirror: Path | None) -> Path | None:
     for path in _checkpoints(folder):
         if fault := checkpoint_fault(path):
             _set_aside(path, "damaged", fault)
-    for copy in _checkpoints(mirror):
-        if not (folder / copy.name).exists() and not checkpoint_fault(copy):
-            _copy(copy, folder / copy.name)
+    _copy_missing(mirror, folder)
     return next((p for p in reversed(_checkpoints(folder)) if not checkpoint_fault(p)), None)
 
 
@@ -171,16 +171,15 @@ def last_valid_checkpoint(
         >>> last_valid_checkpoint("no/such/folder", mark={}) is None
         True
     """
-    first, mirror = os.environ.get("RANK", "0") == "0", Path(mirror) if mirror else None
-    newest = _newest_whole(Path(folder), mirror) if first else None
+    first = os.environ.get("RANK", "0") == "0"  # it alone mends, the others are told
+    newest = _newest_whole(Path(folder), Path(mirror) if mirror else None) if first else None
     if not (newest := broadcast_object_list([newest])[0]):
         return None
     old = json.loads((newest / MANIFEST).read_text())["fingerprint"]
     changed = [word for word in {**old, **mark} if old.get(word) != mark.get(word)]
     if changed and not force:
         words = "; ".join(f"{w} was {old.get(w)} and is now {mark.get(w)}" for w in changed)
-        ways = "set that back, or FORCE_RESUME = True to go on, or RESUME = False to start afresh"
-        raise ValueError(f"{newest.name} is from another run ({words}): {ways}")
+        raise ValueError(f"{newest.name} is from another run ({words}): {WAYS_ON}")
     return str(newest)
 
 
@@ -243,7 +242,7 @@ class CheckpointManifest(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Save and end if Stop was pressed; leave out a save for which there is no room."""
-        if self.presses:
+        if any(gather_object([self.presses])):  # a process may hear of it one step late
             control.should_save = control.should_training_stop = True
         problem = _problem(Path(args.output_dir), model) if control.should_save else ""
         if control.should_save and (problem := broadcast_object_list([problem])[0]):
@@ -260,9 +259,7 @@ class CheckpointManifest(TrainerCallback):
                     write_manifest(path, state.global_step, self.mark)
                 elif not (place / HERE).exists():
                     raise OSError("it is not there: mount it again")
-                for found in _checkpoints(path.parent):
-                    if not (place / found.name).exists():
-                        _copy(found, place / found.name)
+                _copy_missing(path.parent, place)
                 _rotate(place, self.limit, state.best_model_checkpoint)
             except OSError as error:
                 self.say(f"No {path.name} in {place}, training goes on: {error}")
@@ -270,8 +267,7 @@ class CheckpointManifest(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Free the folder and give the trainer its setting back."""
         args.save_total_limit = self.limit
-        if self.lock is not None:
-            self.lock = os.close(self.lock)
+        self.lock = self.lock and os.close(self.lock)
 
     def press_stop(self, *_):
         """What the Stop button calls while `train_and_survive` runs."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -31,7 +32,8 @@ from helpers.checkpoints import (
 )
 from helpers.falcon import LINEARS, load_falcon
 from helpers.profiles import TINY
-from tools.handover import start_wandb, write_model_card
+from tools import handover
+from tools.handover import hand_over, start_wandb, write_model_card
 
 MARK = {"seed": 0, "max_steps": 9}
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -205,7 +207,8 @@ def mark_of(rows=("a", "b"), base="you/falcon", lora=None, **settings) -> dict:
         dict(rows=("a",)), dict(base="you/llama"), dict(lora=dict(r=8)),
         dict(lora=dict(bias="all")), dict(lora=dict(lora_alpha=8)),
         dict(lora=dict(lora_dropout=0.0)),
-        dict(lora=dict(target_modules=["dense"])),
+        dict(lora=dict(target_modules=["dense"])), dict(lora=dict(use_rslora=True)),
+        dict(lora=dict(target_modules="all-linear")),
     ],
     ids=str,
 )  # fmt: skip
@@ -217,7 +220,8 @@ def test_all_that_decides_a_run_changes_its_fingerprint(change: dict) -> None:
 def test_a_fingerprint_is_flat_json_and_leaves_out_what_decides_nothing() -> None:
     mark = mark_of()
     assert json.loads(json.dumps(mark)) == mark
-    assert all(isinstance(value, str | int | float | None) for value in mark.values())
+    assert all(isinstance(v, str | int | float | list | None) for v in mark.values())
+    assert mark["LoRA target_modules"] == ["dense", "fc"], "a set has no order"
     same = dict(logging_steps=7, save_steps=7, save_total_limit=7, output_dir="y")
     assert fingerprint(
         SFTConfig(use_cpu=True, bf16=False, max_steps=9, **same),
@@ -627,8 +631,104 @@ def test_a_model_card_without_one_of_them_is_refused(tmp_path: Path, name: str) 
         write_model_card(tmp_path, facts)
 
 
+def handed(tmp_path: Path) -> Path:
+    """An adapter's folder as page 03 leaves it, with a pickle that must not travel."""
+    folder = adapter(tmp_path / "adapter")
+    (folder / "README.md").write_text("our card")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    return folder
+
+
+def test_an_adapter_is_handed_over_to_a_folder_with_its_card_alone(tmp_path: Path) -> None:
+    folder, drive = handed(tmp_path), tmp_path / "drive/MyDrive/falcon"
+    assert hand_over(folder) == ["copied nowhere else: DRIVE and HUB_REPO are None"]
+    drive.parent.mkdir(parents=True)
+    (drive / "adapter").mkdir(parents=True)
+    (drive / "adapter/of_an_earlier_run").touch()
+    assert hand_over(folder, drive) == [f"copied to {drive / 'adapter'}"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (drive / "adapter").iterdir()) == names
+    for name in names:
+        assert (drive / "adapter" / name).read_bytes() == (folder / name).read_bytes()
+    assert find_adapter(None, None, str(drive), None, None, 8, "you/falcon")[1] == "Drive"
+
+
+def test_a_drive_that_is_not_there_or_full_is_said_and_not_made(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder, drive = handed(tmp_path), tmp_path / "drive/MyDrive/falcon"
+    [said] = hand_over(folder, drive)
+    assert "is not there: mount it" in said and "run this cell again" in said
+    assert not (tmp_path / "drive").exists(), "a folder of that name was made on the local disk"
+    drive.parent.mkdir(parents=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    [said] = hand_over(folder, drive)
+    assert "GB free" in said and not drive.exists()
+
+
+def test_a_copy_that_is_not_the_original_does_not_get_its_name(tmp_path: Path, monkeypatch) -> None:
+    folder, drive = handed(tmp_path), tmp_path / "drive"
+
+    def flip(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[::-1])
+
+    monkeypatch.setattr(shutil, "copyfile", flip)
+    [said] = hand_over(folder, drive)
+    assert "is not the original" in said and not (drive / "adapter").exists()
+
+
+class Hub:
+    """Takes what is uploaded, as the Hub would."""
+
+    taken: list[str] = []
+    private = False
+
+    def create_repo(self, repo_id, private, exist_ok):
+        assert repo_id == "you/name" and exist_ok
+        Hub.private = private
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns):
+        paths = (p for word in allow_patterns for p in Path(folder_path).glob(word))
+        Hub.taken = sorted(f"{p.name}: {p.stat().st_size}" for p in paths)
+
+
+def test_the_hub_gets_the_adapter_with_our_card_and_a_dead_network_is_only_said(
+    tmp_path: Path, monkeypatch
+) -> None:
+    folder = handed(tmp_path)
+    monkeypatch.setattr(handover, "HfApi", Hub)
+    [said] = hand_over(folder, hub_repo="you/name")
+    assert said.startswith("uploaded to https://huggingface.co/you/name, private")
+    sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "training_args.bin"}
+    assert Hub.private and Hub.taken == sorted(f"{name}: {n}" for name, n in sizes.items())
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(handover, "HfApi", lambda: huggingface_hub.HfApi("http://127.0.0.1:9"))
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)
+    copied, failed = hand_over(folder, tmp_path / "drive", "you/name")
+    assert copied.startswith("copied to") and failed.startswith("not copied to you/name (")
+    assert "\n" not in failed and failed.endswith("run this cell again")
+
+
 def test_an_unknown_wandb_mode_is_refused_and_only_the_first_process_logs(monkeypatch) -> None:
     with pytest.raises(ValueError, match="'onlin' is unknown"):
         start_wandb("onlin", "p", {})
     monkeypatch.setenv("RANK", "1")
     assert start_wandb("offline", "p", {}) == "none"
+
+
+def test_adapters_come_back_from_a_checkpoint_in_32_bits_so_page_03_holds_them_so(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+    )
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)  # as the Trainer resumes
+    kinds = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert kinds == {torch.float32}, "mended in peft?"
+    page = Path(__file__).resolve().parent.parent / "notebooks/py/03_qlora_finetuning.py"
+    lines = page.read_text().splitlines()
+    assert "adapters_to_fp32(trainer)" in lines, "on some profile a resumed run changes its dtype"

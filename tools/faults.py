@@ -39,7 +39,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 class Trap(TrainerCallback):
-    """Calls `spring(step, micro)` inside steps and before saves; what it does is the fault."""
+    """Calls `spring(when, step, folder)` inside steps and before saves: the fault."""
 
     def __init__(self, spring: Callable[[str, int, Path], None]):
         self.spring = spring
@@ -143,7 +143,8 @@ class Lab:
         """What a child does: build, find the checkpoint, train, save."""
         settings = {"steps": self.steps, "save_every": SAVE_EVERY, "batch": BATCH, "seed": 0}
         settings |= {"rank": 8} | changed
-        trainer, mark = self.trainer(out, settings, [Trap(spring)] if spring else [])
+        trap = spring if isinstance(spring, Trap) else Trap(spring) if spring else None
+        trainer, mark = self.trainer(out, settings, [trap] if trap else [])
         if ours:
             keeper = CheckpointManifest(mark, mirror=mirror, say=outcome.said.append)
             trainer.add_callback(keeper)

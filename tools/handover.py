@@ -1,11 +1,18 @@
-"""What leaves notebook 03: the model card beside the adapter, and the log of the run."""
+"""What leaves notebook 03: the adapter and its model card, and the log of the run."""
 
+import filecmp
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+
+from helpers.profiles import check_disk
+
 CARD = Path(__file__).with_name("model_card.md")
+TRAVELS = ("adapter_*", "README.md")
 CARD_NEEDS = ("data", "base", "steps", "held-out loss")
 RETRIES = {
     f"x_{service}_retry_{bound}": value
@@ -41,6 +48,62 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     path.write_text(CARD.read_text().format(front=front, table=table))
     return path
+
+
+def hand_over(
+    folder: str | Path, drive: str | Path | None = None, hub_repo: str | None = None
+) -> list[str]:
+    """Take an adapter and its card to a second folder, such as one on Drive, and to the Hub.
+
+    A copy is read back and compared before it gets its name. On the Hub the repository is made
+    private. What cannot be done is said and not raised: the adapter is safe where it was saved.
+
+    Args:
+        folder: of the saved adapter, with its card.
+        drive: the constant DRIVE; the copy is `<drive>/adapter`, where 04 and 05 look for it.
+        hub_repo: the constant HUB_REPO, "you/name"; the token is taken from HF_TOKEN or the
+            Hub's own cache, and never asked for.
+
+    Returns:
+        One sentence for each place.
+
+    Example:
+        >>> hand_over("artifacts/adapter")
+        ['copied nowhere else: DRIVE and HUB_REPO are None']
+    """
+    said = []
+    for place, send in ((drive, _to_drive), (hub_repo, _to_hub)):
+        try:
+            said += [send(Path(folder), str(place))] if place else []
+        except Exception as error:  # the Hub's client has many, some of them no OSError
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            said.append(f"not copied to {place} ({reason}); mend that and run this cell again")
+    return said or ["copied nowhere else: DRIVE and HUB_REPO are None"]
+
+
+def _to_drive(folder: Path, drive: str) -> str:
+    target, staged = Path(drive) / "adapter", Path(drive) / "adapter.copying"
+    if not target.parent.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent.parent} is not there: mount it")
+    names = sorted(path.name for word in TRAVELS for path in folder.glob(word))
+    check_disk(drive, sum((folder / name).stat().st_size for name in names))
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for name in names:
+        shutil.copyfile(folder / name, staged / name)
+    filecmp.clear_cache()
+    if other := [n for n in names if not filecmp.cmp(folder / n, staged / n, shallow=False)]:
+        raise OSError(f"the copy of {', '.join(other)} is not the original")
+    shutil.rmtree(target, ignore_errors=True)
+    staged.rename(target)
+    return f"copied to {target}"
+
+
+def _to_hub(folder: Path, hub_repo: str) -> str:
+    hub = HfApi()
+    hub.create_repo(hub_repo, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=hub_repo, folder_path=folder, allow_patterns=list(TRAVELS))
+    return f"uploaded to https://huggingface.co/{hub_repo}, private until you change it there"
 
 
 def start_wandb(

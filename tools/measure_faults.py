@@ -26,7 +26,7 @@ import torch
 from transformers import trainer as trainer_module
 
 from helpers import checkpoints
-from tools.faults import ADAPTER, SAVE_EVERY, STEPS, Lab, Outcome, at, both, kill
+from tools.faults import ADAPTER, SAVE_EVERY, STEPS, Lab, Outcome, Trap, at, both, kill
 from tools.results import this_command, write_result
 
 DAY = 86_400
@@ -341,17 +341,30 @@ def measure(lab: Lab, name: str, plain: bool) -> dict[str, str | int | bool]:
     }
 
 
-def curves(folder: Path, steps: int = 16, killed_in: int = 11) -> dict[str, list[float] | int]:
+class Witness(Trap):
+    """Writes each loss to a file at once, so that what a killed run had reached is left."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add one loss to `losses.txt` beside the checkpoints."""
+        if "loss" in (logs or {}):
+            with (Path(args.output_dir) / "losses.txt").open("a") as file:
+                file.write(f"{logs['loss']}\n")
+
+
+def curves(folder: Path, steps: int = 24, killed_in: int = 15) -> dict[str, list[float] | int]:
     """The losses of an unbroken run, and of one that was killed and went on, for a plot."""
     lab = Lab(folder, steps)
     out = lab.new_folder("curve")
-    lab.run(out, True, spring=at("in", killed_in, kill))
-    final = lab.run(out, True)
+    lab.run(out, True, spring=Witness(at("in", killed_in, kill)), save_every=steps // 3)
+    killed = [float(line) for line in (out / "losses.txt").read_text().splitlines()]
+    final = lab.run(out, True, save_every=steps // 3)
     return {
         "unbroken": lab.reference.losses,
-        "killed_and_resumed": final.losses,
+        "killed": killed,
+        "resumed": final.losses[final.resumed :],
         "killed_in_step": killed_in,
         "resumed_from_step": final.resumed,
+        "equal": lab.equal(final),
     }
 
 

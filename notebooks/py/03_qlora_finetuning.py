@@ -240,14 +240,14 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
                      callbacks=[progress] + [EarlyStoppingCallback(3)] * profile.early_stop)
 
 # %% [markdown]
-# The trainer has cast the adapters to bfloat16, whatever the precision flags say; a T4 in fp16
-# dies of that at its first step, and a CPU crawls. On those two we cast them back. We also take
+# The trainer has cast the adapters to bfloat16, whatever the precision flags say: a T4 in fp16
+# dies of that at its first step, a CPU crawls, and on any machine a resumed run would differ,
+# since adapters come back from a checkpoint in 32 bits. We cast them to 32 bits now. We also take
 # out the library's own progress printer: `progress` says less, and more plainly.
 
 # %%
 trainer.remove_callback(PrinterCallback)
-if profile.compute_dtype is not torch.bfloat16:
-    adapters_to_fp32(trainer)
+adapters_to_fp32(trainer)
 n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
 assert n_trainable == n_predicted or not is_falcon
@@ -311,12 +311,7 @@ from tools.figures import COLOURS, new_figure, show
 figure, axis = new_figure(size=(8, 3.2))
 axis.plot(*zip(*train_curve), color=COLOURS[2], label="rows trained on")
 axis.plot(*zip(*held_out), color=COLOURS[6], marker="o", label="rows held out")
-star = axis.plot(best_step, best_loss, "*", markersize=16, color=COLOURS[0], label="kept")
-
-# %% [markdown]
-# Three marks on one pair of axes; they want names, and a text for those who cannot see them.
-
-# %%
+axis.plot(best_step, best_loss, "*", markersize=16, color=COLOURS[0], label="kept")
 axis.set(xlabel="optimizer step", ylabel="loss, nats per answer token", ylim=(0, None))
 axis.legend()
 show(figure, alt="Training and held-out loss by optimizer step. Both fall at first; then the "
@@ -338,6 +333,26 @@ assert best_loss < first_loss, "training did not lower the held-out loss"
 # We see a lower loss than before training on questions the model never saw: it has learned
 # something about answering, not only these answers. What that is worth, page 04 asks.
 #
+# And if the runtime had died on the way? `tools/measure_faults.py` breaks small runs of the tiny
+# Falcon in every way that we could think of. Here are three of its curves: a run that nothing
+# happened to, one that was killed in the midst of a step, and what went on from its last checkpoint.
+
+# %%
+import json
+
+runs = json.loads((root / "results/cpu/faults.json").read_text())["losses"]
+figure, axis = new_figure(size=(8, 2.6))
+for name, first, style in [("unbroken", 1, "-"), ("killed", 1, "x"),
+                           ("resumed", runs["resumed_from_step"] + 1, ".")]:
+    axis.plot(range(first, first + len(runs[name])), runs[name], style, label=name)
+axis.legend(), axis.set(xlabel="optimizer step", ylabel="loss, nats per answer token")
+show(figure, alt="Loss by optimizer step of three runs. The crosses of the killed run and the "
+     "dots of the resumed one lie on the line of the unbroken one, to its end.")
+
+# %% [markdown]
+# We see every dot on the line. Where crosses and dots share a step, it was done twice: that is
+# what the kill cost. On a CPU the curves are equal to the last bit, and so are the adapters.
+#
 # ## 8. Save, and load back
 # The adapter is all we keep: the base is the same for everyone. We save it as it was at the
 # star.
@@ -353,18 +368,20 @@ print(f"{files['adapter_model.safetensors'] / 1e6:.1f} MB in {folder}")
 # else. Beside it goes a card that says what it was made from.
 
 # %%
-from tools.handover import write_model_card
+from tools.handover import hand_over, write_model_card
 
 write_model_card(folder, {"base": profile.model, "data": Path(where).name, "steps": best_step,
                           "held-out loss": round(best_loss, 4), "rows": len(parts["train"])})
 
 # %% [markdown]
 # We see that the card lies in the adapter's own folder. But does the file of weights hold what was
-# trained? We note the logits for one prompt while the trained adapters are still in place.
+# trained? We ask the trained adapters for the logits of one row, with the wrapper taken off in
+# which the trainer has put the model: on a GPU it computes in another precision than bare layers.
 
 # %%
-trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-ids = tokenizer(pairs["prompt"][0], return_tensors="pt").input_ids.to(profile.device)
+trained = trainer.accelerator.unwrap_model(trainer.model).eval()
+vars(trained).pop("forward", None)
+ids = torch.tensor([row["input_ids"]], device=profile.device)
 with torch.no_grad():
     before = trained(input_ids=ids).logits
 
@@ -381,19 +398,15 @@ assert torch.equal(before, after)
 
 # %% [markdown]
 # We see True: what was saved is what was trained. If you set `DRIVE` or `HUB_REPO`, the next cell
-# takes a copy there; by default it does nothing, and no cell of this series ever asks for a login.
+# takes adapter and card there; by default it does nothing. It asks for no login: the Hub's token
+# is read from `HF_TOKEN`.
 
 # %%
-import shutil
-
-if DRIVE:
-    shutil.copytree(folder, Path(DRIVE) / "adapter", dirs_exist_ok=True)
-if HUB_REPO:
-    trained.push_to_hub(HUB_REPO)
-print("copied to:", [place for place in (DRIVE, HUB_REPO) if place] or "nowhere else")
+print(*hand_over(folder, DRIVE, HUB_REPO), sep="\n")
 
 # %% [markdown]
-# The line names every place that holds a copy.
+# We see one line for each place that was asked for. Pages 04 and 05 look in `artifacts/`, then in
+# `DRIVE`, then on the Hub, and stop in a sentence if an adapter does not fit their model.
 #
 # ## 9. What it cost
 # The plan of section 3 against what was used. On any machine we can compare bytes: those planned
