@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, load_peft_weights
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -243,7 +243,7 @@ class CheckpointManifest(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Save and end if Stop was pressed; leave out a save for which there is no room."""
-        if self.presses:
+        if any(gather_object([self.presses])):  # a process may hear of it one step late
             control.should_save = control.should_training_stop = True
         problem = _problem(Path(args.output_dir), model) if control.should_save else ""
         if control.should_save and (problem := broadcast_object_list([problem])[0]):

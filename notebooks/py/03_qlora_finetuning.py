@@ -64,7 +64,18 @@ own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMUL
 profile = replace(profile, **{name: value for name, value in own.items() if value is not None})
 
 # %% [markdown]
-# Notebook 01 left three parts in `artifacts/dataset`; without them we make the same parts again
+# A notebook is one process. Launched on several GPUs, this page runs once on each; they then share
+# the rows of every step, so that a step keeps its size.
+
+# %%
+from tools.many_gpus import (join_others, leave_if_follower, leave_if_sharded, loading,
+                             quant_storage, save_whole_adapters)
+
+profile = join_others(profile, OUTPUT)
+print(f"{profile.batch_size} x {profile.accumulation} rows a step in this process")
+
+# %% [markdown]
+# We see what one process computes before the weights move. Notebook 01 left three parts in `artifacts/dataset`; without them we make the same parts again
 # from the same seed. The test part stays closed.
 
 # %%
@@ -85,7 +96,8 @@ print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to wa
 # %%
 from helpers.falcon import assert_quantized, load_falcon, load_tokenizer, use_fused_attention
 
-model = load_falcon(profile.model, profile, revision=REVISION)
+model = load_falcon(profile.model, loading(profile), revision=REVISION,
+                    storage=quant_storage(profile))
 tokenizer = load_tokenizer(profile.model, REVISION)
 n_fused, n_4bit = use_fused_attention(model, FUSED_ATTENTION), assert_quantized(model)
 print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.compute_dtype}")
@@ -106,7 +118,7 @@ import torch
 
 layer, rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32
 generator = torch.Generator().manual_seed(SEED)
-x = torch.randn(1, layer.in_features, generator=generator).to(profile.device, profile.compute_dtype)
+x = torch.randn(1, layer.in_features, generator=generator).to(model.device, profile.compute_dtype)
 lora_a = (torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5).to(x)
 lora_b = torch.zeros(layer.out_features, rank).to(x)
 
@@ -214,6 +226,7 @@ args = SFTConfig(
     save_strategy="steps", save_steps=profile.eval_steps, save_total_limit=2,
     load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
     logging_steps=1, disable_tqdm=True, restore_callback_states_from_checkpoint=True,
+    ddp_find_unused_parameters=False,  # several GPUs: every adapter is used in every step
     report_to=start_wandb(WANDB, "falcon-qlora", {"profile": profile.name}),
     run_name="falcon-qlora", use_cpu=not profile.on_gpu, seed=SEED,
 )
@@ -246,6 +259,7 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
 
 # %%
 trainer.remove_callback(PrinterCallback)
+save_whole_adapters(trainer)
 if profile.compute_dtype is not torch.bfloat16:
     adapters_to_fp32(trainer)
 n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -345,6 +359,7 @@ assert best_loss < first_loss, "training did not lower the held-out loss"
 # %%
 folder = "artifacts/adapter"
 trainer.save_model(folder)
+leave_if_follower(trainer)
 files = {p.name: p.stat().st_size for p in Path(folder).iterdir()}
 print(f"{files['adapter_model.safetensors'] / 1e6:.1f} MB in {folder}")
 
@@ -363,6 +378,7 @@ write_model_card(folder, {"base": profile.model, "data": Path(where).name, "step
 # trained? We note the logits for one prompt while the trained adapters are still in place.
 
 # %%
+leave_if_sharded(trainer, folder)
 trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
 ids = tokenizer(pairs["prompt"][0], return_tensors="pt").input_ids.to(profile.device)
 with torch.no_grad():
