@@ -219,6 +219,22 @@ def save_whole_adapters(trainer: Trainer) -> None:
     trainer.save_model = save_model
 
 
+def leave_if_stopped(finished: bool) -> None:
+    """End a script whose training was stopped; in a notebook the cell can be run again.
+
+    Args:
+        finished: what `train_and_survive` gave back.
+
+    Raises:
+        SystemExit: with code 0, if the training was stopped in a script.
+
+    Example:
+        >>> leave_if_stopped(True)
+    """
+    if not finished and "ipykernel" not in sys.modules:
+        sys.exit(0)
+
+
 def leave_if_follower(trainer: Trainer) -> None:
     """Wait until the adapter is on the disk; then every process but the first is done.
 

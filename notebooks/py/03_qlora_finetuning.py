@@ -68,15 +68,16 @@ profile = replace(profile, **{name: value for name, value in own.items() if valu
 # the rows of every step, so that a step keeps its size.
 
 # %%
-from tools.many_gpus import (join_others, leave_if_follower, leave_if_sharded, loading,
-                             quant_storage, save_whole_adapters)
+from tools.many_gpus import (join_others, leave_if_follower, leave_if_sharded,
+                             leave_if_stopped, loading, quant_storage, save_whole_adapters)
 
 profile = join_others(profile, OUTPUT)
 print(f"{profile.batch_size} x {profile.accumulation} rows a step in this process")
 
 # %% [markdown]
-# We see what one process computes before the weights move. Notebook 01 left three parts in `artifacts/dataset`; without them we make the same parts again
-# from the same seed. The test part stays closed.
+# We see how many rows a process takes at a time, and how often in a step. Notebook 01 left three
+# parts in `artifacts/dataset`; without them we make the same parts again from the same seed. The
+# test part stays closed.
 
 # %%
 from datasets import Dataset, load_from_disk
@@ -305,6 +306,7 @@ resume = last_valid_checkpoint(**where_to_look) if RESUME else None
 print("going on from", Path(resume).name) if resume else print("a fresh start")
 finished = train_and_survive(trainer, resume)
 print("finished" if finished else "stopped; run this cell again to go on")
+leave_if_stopped(finished)
 
 # %% [markdown]
 # We see the held-out loss fall steeply at first and then hardly at all, or turn upwards if the
@@ -462,9 +464,11 @@ print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_sec
 # > **Note.** The log of the run lies in `artifacts/wandb/`, offline. With an account,
 # > `wandb sync artifacts/wandb/offline-run-*` sends it; `WANDB = "disabled"` writes none.
 #
-# > **Why?** Several GPUs run this same page as a script:
+# > **Note.** Several GPUs run this same page as a script:
 # > `accelerate launch notebooks/py/03_qlora_finetuning.py`. Each process holds the model on its
-# > own card and takes its share of every step's rows.
+# > own card and takes its share of every step's rows, so a step has as many rows as here; the
+# > first process alone prints and saves. [Many GPUs](../docs/many-gpus.md) has what it buys, and
+# > what to do when the base does not fit one card.
 #
 # ## 10. What you have now
 # An adapter of a few MB (261 MB for Falcon-7B) that turns a base model into one that answers, the
