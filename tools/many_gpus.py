@@ -95,14 +95,16 @@ def check_sharded(profile: Profile) -> Profile:
 
     Raises:
         ValueError: without GPUs, where Accelerate would train without FSDP and not say so; and in
-            fp16, where the adapters are float32 beside a float16 base in one shard.
+            fp16, whose gradient scaler was never tried on sharded gradients.
     """
     if not profile.on_gpu:
         raise ValueError(
             "FSDP needs GPUs, on CPUs Accelerate trains without it: leave out configs/fsdp.yaml"
         )
     if profile.compute_dtype is torch.float16:
-        raise ValueError("FSDP needs bf16, and this GPU has none: leave out configs/fsdp.yaml")
+        raise ValueError(
+            "FSDP was tried in bf16 only, and this GPU has none: leave out configs/fsdp.yaml"
+        )
     return replace(profile, optim="adamw_torch")
 
 
