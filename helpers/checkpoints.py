@@ -242,7 +242,8 @@ class CheckpointManifest(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Save and end if Stop was pressed; leave out a save for which there is no room."""
-        if any(gather_object([self.presses])):  # a process may hear of it one step late
+        self.presses = max(gather_object([self.presses]))  # one process may hear of it alone
+        if self.presses:
             control.should_save = control.should_training_stop = True
         problem = _problem(Path(args.output_dir), model) if control.should_save else ""
         if control.should_save and (problem := broadcast_object_list([problem])[0]):

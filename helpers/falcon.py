@@ -194,8 +194,10 @@ def check_shards(model: str) -> None:
             )
 
 
-def nf4_config(profile: Profile) -> BitsAndBytesConfig:
+def nf4_config(profile: Profile, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
     """The article's quantization: NF4, double quantization, the profile's compute dtype.
+
+    `storage` is the dtype that the packed bits are stored under, and changes none of them.
 
     Example:
         >>> from helpers.profiles import TINY
@@ -207,12 +209,14 @@ def nf4_config(profile: Profile) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=profile.compute_dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 
 def load_falcon(
-    model: str, profile: Profile, quantize: bool = True, revision: str | None = None
-) -> PreTrainedModel:
+    model: str, profile: Profile, quantize: bool = True, revision: str | None = None,
+    storage: torch.dtype = torch.uint8,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model, Falcon first of all, in NF4 or in the compute dtype.
 
     Safetensors shards are preferred, `.bin` shards are read where there are no others. No
@@ -224,6 +228,7 @@ def load_falcon(
         profile: gives device and compute dtype.
         quantize: False loads the weights in the compute dtype instead.
         revision: commit or branch on the Hub.
+        storage: dtype that packed 4-bit weights are stored under; FSDP shards floating point only.
 
     Returns:
         The model in eval mode on `profile.device`; with `quantize`, proven to be in four bits.
@@ -252,7 +257,7 @@ def load_falcon(
                 revision=revision,
                 dtype=profile.compute_dtype,
                 device_map=profile.device_map,
-                quantization_config=nf4_config(profile) if quantize else None,
+                quantization_config=nf4_config(profile, storage) if quantize else None,
                 trust_remote_code=False,
             )
     except OSError as error:

@@ -39,6 +39,8 @@ def prepare(root: Path) -> str:
             if a package is missing.
     """
     os.chdir(root)
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # one of many processes: the first one speaks
     if "google.colab" in sys.modules and install_pins(Path("requirements.txt").read_text()):
         restart_kernel()
     try:

@@ -84,7 +84,9 @@ def provenance(figure: str, command: str) -> dict[str, Any]:
     }
 
 
-def write_result(name: str, figures: dict[str, Any], figure: str, command: str) -> Path:
+def write_result(
+    name: str, figures: dict[str, Any], figure: str, command: str, cards: int = 1
+) -> Path:
     """Write figures, and where they come from, to results/<machine>/<name>.json.
 
     Args:
@@ -92,6 +94,7 @@ def write_result(name: str, figures: dict[str, Any], figure: str, command: str) 
         figures: what was measured. Every estimate is {"value", "low", "high", "n"}.
         figure: what the file holds, in a few words.
         command: what has to be typed to get it again.
+        cards: how many GPUs took part; from two on the folder is `<machine>-x<cards>`.
 
     Returns:
         The path of the file.
@@ -102,7 +105,10 @@ def write_result(name: str, figures: dict[str, Any], figure: str, command: str) 
     head = provenance(figure, command)
     if both := sorted(head.keys() & figures.keys()):
         raise ValueError(f"{', '.join(both)} is written by write_result itself: use another name.")
-    path = ROOT / "results" / machine_name()[0] / f"{name}.json"
+    folder = machine_name()[0]
+    if cards > 1:
+        folder, head["machine"] = f"{folder}-x{cards}", f"{cards} x {head['machine']}"
+    path = ROOT / "results" / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | figures, indent=2) + "\n")
     return path

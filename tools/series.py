@@ -1,6 +1,6 @@
 """Keep the five notebooks a series: first cells, setup cells, tables, twins, outputs.
 
-    python tools/series.py update            write the generated parts of twins and README anew
+    python tools/series.py update            write the generated parts of twins, README, docs anew
     python tools/series.py sync              twins (notebooks/py) -> notebooks, outputs kept;
                                              with --fail-on-change it says so by its exit code
     python tools/series.py pull 02           notebooks -> twins, after an edit inside Jupyter
@@ -300,6 +300,12 @@ def pull(slug: str, root: Path = ROOT) -> bool:
     return write(root / f"notebooks/py/{slug}.py", twin_text(page))
 
 
+def updated_docs(root: Path = ROOT) -> dict[Path, str]:
+    """The pages under docs/, their tables filled anew."""
+    pages = sorted(root.glob("docs/*.md"))
+    return {page: fill(page.read_text(), root, "../") for page in pages}
+
+
 def sync(root: Path = ROOT) -> bool:
     """Bring the notebooks in step with their twins.
 
@@ -326,6 +332,7 @@ def update(root: Path = ROOT) -> bool:
     """
     refuse_to_lose_edits(root)
     changed = [write(root / f"notebooks/py/{s}.py", updated_twin(s, root)) for s in slugs(root)]
+    changed += [write(page, text) for page, text in updated_docs(root).items()]
     readme = updated_readme(root)
     return any([*changed, bool(readme) and write(root / "README.md", readme), sync(root)])
 
@@ -370,6 +377,9 @@ def check(root: Path = ROOT) -> list[str]:
             problems.append(f"{page.name} and {twin.name} differ: run tools/series.py sync")
         found = output_problems(nbformat.read(page, as_version=4))
         problems += [f"{page.name}, {problem}" for problem in found]
+    for page, text in updated_docs(root).items():
+        if page.read_text() != text:
+            problems.append(f"{page.name}: generated parts are old: run tools/series.py update")
     readme = root / "README.md"
     if readme.exists() and readme.read_text() != updated_readme(root):
         problems.append("README.md: generated parts are old: run tools/series.py update")

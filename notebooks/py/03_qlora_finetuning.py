@@ -64,8 +64,20 @@ own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMUL
 profile = replace(profile, **{name: value for name, value in own.items() if value is not None})
 
 # %% [markdown]
-# Notebook 01 left three parts in `artifacts/dataset`; without them we make the same parts again
-# from the same seed. The test part stays closed.
+# A notebook is one process. Launched on several GPUs, this page runs once on each; they then share
+# the rows of every step, so that a step keeps its size.
+
+# %%
+from tools.many_gpus import (join_others, leave_if_follower, leave_if_sharded,
+                             leave_if_stopped, loading, quant_storage, save_whole_adapters)
+
+profile = join_others(profile, OUTPUT)
+print(f"{profile.batch_size} x {profile.accumulation} rows a step in this process")
+
+# %% [markdown]
+# We see how many rows a process takes at a time, and how often in a step. Notebook 01 left three
+# parts in `artifacts/dataset`; without them we make the same parts again from the same seed. The
+# test part stays closed.
 
 # %%
 from datasets import Dataset, load_from_disk
@@ -85,7 +97,8 @@ print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to wa
 # %%
 from helpers.falcon import assert_quantized, load_falcon, load_tokenizer, use_fused_attention
 
-model = load_falcon(profile.model, profile, revision=REVISION)
+model = load_falcon(profile.model, loading(profile), revision=REVISION,
+                    storage=quant_storage(profile))
 tokenizer = load_tokenizer(profile.model, REVISION)
 n_fused, n_4bit = use_fused_attention(model, FUSED_ATTENTION), assert_quantized(model)
 print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.compute_dtype}")
@@ -106,7 +119,7 @@ import torch
 
 layer, rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32
 generator = torch.Generator().manual_seed(SEED)
-x = torch.randn(1, layer.in_features, generator=generator).to(profile.device, profile.compute_dtype)
+x = torch.randn(1, layer.in_features, generator=generator).to(model.device, profile.compute_dtype)
 lora_a = (torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5).to(x)
 lora_b = torch.zeros(layer.out_features, rank).to(x)
 
@@ -214,6 +227,7 @@ args = SFTConfig(
     save_strategy="steps", save_steps=profile.eval_steps, save_total_limit=2,
     load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
     logging_steps=1, disable_tqdm=True, restore_callback_states_from_checkpoint=True,
+    ddp_find_unused_parameters=False,  # several GPUs: every adapter is used in every step
     report_to=start_wandb(WANDB, "falcon-qlora", {"profile": profile.name}),
     run_name="falcon-qlora", use_cpu=not profile.on_gpu, seed=SEED,
 )
@@ -247,6 +261,7 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
 
 # %%
 trainer.remove_callback(PrinterCallback)
+save_whole_adapters(trainer)
 adapters_to_fp32(trainer)
 n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
@@ -291,6 +306,7 @@ resume = last_valid_checkpoint(**where_to_look) if RESUME else None
 print("going on from", Path(resume).name) if resume else print("a fresh start")
 finished = train_and_survive(trainer, resume)
 print("finished" if finished else "stopped; run this cell again to go on")
+leave_if_stopped(finished)
 
 # %% [markdown]
 # We see the held-out loss fall steeply at first and then hardly at all, or turn upwards if the
@@ -360,6 +376,7 @@ show(figure, alt="Loss by optimizer step of three runs. The crosses of the kille
 # %%
 folder = "artifacts/adapter"
 trainer.save_model(folder)
+leave_if_follower(trainer)
 files = {p.name: p.stat().st_size for p in Path(folder).iterdir()}
 print(f"{files['adapter_model.safetensors'] / 1e6:.1f} MB in {folder}")
 
@@ -379,6 +396,7 @@ write_model_card(folder, {"base": profile.model, "data": Path(where).name, "step
 # which the trainer has put the model: on a GPU it computes in another precision than bare layers.
 
 # %%
+leave_if_sharded(trainer, folder)
 trained = trainer.accelerator.unwrap_model(trainer.model).eval()
 vars(trained).pop("forward", None)
 ids = torch.tensor([row["input_ids"]], device=profile.device)
@@ -459,9 +477,11 @@ print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_sec
 # > **Note.** The log of the run lies in `artifacts/wandb/`, offline. With an account,
 # > `wandb sync artifacts/wandb/offline-run-*` sends it; `WANDB = "disabled"` writes none.
 #
-# > **Why?** Several GPUs run this same page as a script:
+# > **Note.** Several GPUs run this same page as a script:
 # > `accelerate launch notebooks/py/03_qlora_finetuning.py`. Each process holds the model on its
-# > own card and takes its share of every step's rows.
+# > own card and takes its share of every step's rows, so a step has as many rows as here; the
+# > first process alone prints and saves. [Many GPUs](../docs/many-gpus.md) has what it buys, and
+# > what to do when the base does not fit one card.
 #
 # ## 10. What you have now
 # An adapter of a few MB (261 MB for Falcon-7B) that turns a base model into one that answers, the
