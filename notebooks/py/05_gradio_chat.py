@@ -225,7 +225,7 @@ print(to_turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "conten
 # %%
 def respond(messages):
     """Answer the last message, growing sentence by sentence; the page shows each step."""
-    *earlier, (question, _) = to_turns(messages)
+    *earlier, (question, _) = to_turns(messages) or [("", "")]
     for text in stream_reply(chat, question, earlier):
         yield [*messages, {"role": "assistant", "content": text}]
 
