@@ -17,12 +17,12 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
-TOY_PROFILES = '''\
+TOY_PROFILES = """\
 def report() -> str:
     return "a toy machine"
-'''
+"""
 
-TOY_FIRST = '''\
+TOY_FIRST = """\
 # %% [markdown] tags=["generated"]
 # to be written
 
@@ -65,9 +65,9 @@ print("noise", file=sys.stderr)
 # row: Seconds = notebooks.01_data_loading.seconds
 # -->
 # <!-- end -->
-'''
+"""
 
-TOY_SECOND = '''\
+TOY_SECOND = """\
 # %% [markdown] tags=["generated"]
 # to be written
 
@@ -86,7 +86,7 @@ from pathlib import Path
 row = {"question": "Q?", "base": "on and on", "adapter": "A.", "model": f"toy, {MAX_STEPS} steps"}
 Path("artifacts").mkdir(exist_ok=True)
 Path("artifacts/comparison.json").write_text(json.dumps([row]));
-'''
+"""
 
 
 @pytest.fixture
