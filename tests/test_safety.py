@@ -141,7 +141,7 @@ def test_the_fixed_text_names_every_helpline_and_passes_its_own_screen(kinds) ->
 
 
 def test_the_classifier_sees_what_the_rules_do_not() -> None:
-    text = "my kids will cope without their useless dad"
+    text = "will it hurt when i let go of the railing"
     assert not any(rule.kind in safety.ALWAYS for rule in safety.find(normalise(text)))
     assert screen_input(text).kinds == ("classifier",)
     assert crisis_reply(["classifier"]).startswith("I am glad")

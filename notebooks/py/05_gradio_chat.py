@@ -219,13 +219,33 @@ def to_turns(messages):
 print(to_turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]))
 
 # %% [markdown]
-# Two messages make one pair. `respond` is the one function that generates; length check, screen
-# and lock lie inside `stream_reply`, so a call that goes around the page meets them too.
+# Two messages make one pair. The chat shows Markdown, so that lists and links work; but what a
+# person types must appear as typed, tags and stars included. A backslash before each mark does it.
+
+# %%
+import re
+
+def as_typed(text):
+    """Text with its marks escaped, for the page."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+def as_meant(text):
+    """The way back, for the screen and the model."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text)
+
+print(as_typed("<b>*Hi*</b>"), as_meant(as_typed("<b>*Hi*</b>")))
+
+# %% [markdown]
+# The way back gives the same text. `respond` is the one function that generates; length check,
+# screen and line lie inside `stream_reply`, so a call that goes around the page meets them too.
 
 # %%
 def respond(messages):
     """Answer the last message, growing sentence by sentence; the page shows each step."""
-    *earlier, (question, _) = to_turns(messages) or [("", "")]
+    if not messages or messages[-1]["role"] != "user":
+        yield messages  # nothing was asked
+        return
+    *earlier, (question, _) = [(as_meant(q), a) for q, a in to_turns(messages)]
     for text in stream_reply(chat, question, earlier):
         yield [*messages, {"role": "assistant", "content": text}]
 
@@ -243,7 +263,7 @@ print(shown[-1]["content"])
 # %%
 def ask(text, messages):
     """Move the text into the conversation and empty the box."""
-    said = [{"role": "user", "content": text}] if text.strip() else []
+    said = [{"role": "user", "content": as_typed(text)}] if text.strip() else []
     return ("" if said else text), [*messages, *said]
 
 print(ask("Hello", []), ask("  ", []))
@@ -282,7 +302,7 @@ print(f"{len(page.blocks)} blocks, {len(page.fns)} events")
 
 # %% [markdown]
 # Blocks, and no events yet. Send and the Enter key first move the text, then answer it; Stop
-# cancels what runs; Clear cancels it and forgets.
+# cancels what runs; Clear cancels it and forgets, and so does the chat's own small bin.
 
 # %%
 private = {"api_visibility": "private"}
@@ -292,10 +312,31 @@ with page:
     running = [send.click(**moved).then(**told), box.submit(**moved).then(**told)]
     stop.click(None, cancels=running, **private)
     clear.click(lambda: [], outputs=chatbot, cancels=running, queue=False, **private)
+    chatbot.clear(None, cancels=running, **private)
 print(f"{len(page.fns)} events")
 
 # %% [markdown]
-# Now we start it. `share=False` is written out because Gradio would otherwise open a *public*
+# A browser would keep the answers in its cache on disk, and we promised that nothing is kept. What
+# the server sends for a chat therefore says `no-store`.
+
+# %%
+from starlette.middleware import Middleware
+
+def no_store(app):
+    """Forbid browsers to keep what the page's functions answer."""
+    async def answer(scope, receive, send):
+        async def marked(message):
+            if message["type"] == "http.response.start" and "/gradio_api/" in scope["path"]:
+                message["headers"] = [*message["headers"], (b"cache-control", b"no-store")]
+            await send(message)
+        await app(scope, receive, marked)
+    return answer
+
+unkept = {"middleware": [Middleware(no_store)]}
+print("not kept:", *unkept)
+
+# %% [markdown]
+# It is a thin layer around the whole server. Now we start it. `share=False` is written out because Gradio would otherwise open a *public*
 # address in Colab; there the page appears in a frame below the cell. With `SHARE = True` a
 # password is required.
 
@@ -306,7 +347,7 @@ page.queue(max_size=20, api_open=False)
 _, address, _ = page.launch(
     share=SHARE, auth=("guest", PASSWORD) if PASSWORD else None, server_name="127.0.0.1",
     server_port=PORT, prevent_thread_lock=True, quiet=True, inline="google.colab" in sys.modules,
-    run_history=False, enable_monitoring=False, ssr_mode=False, footer_links=[],
+    run_history=False, enable_monitoring=False, app_kwargs=unkept, ssr_mode=False, footer_links=[],
 )
 print(f"the page is public at {address}" if SHARE else "the page is served on this machine alone")
 
