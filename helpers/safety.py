@@ -222,8 +222,7 @@ def features(plain: str, found: dict[Rule, bool]) -> dict[int, float]:
 
 def _screen(text: str) -> Screen:
     """Screen one text by itself: a plain phrase, or the classifier's yes."""
-    plain = normalise(text)
-    found = find(plain)
+    found = find(plain := normalise(text))
     standing = [rule for rule, stands in found.items() if stands]
     kinds, ids = dict.fromkeys(r.kind for r in standing), [r.id for r in standing]
     score = sum(WEIGHTS[bucket] * value for bucket, value in features(plain, found).items())

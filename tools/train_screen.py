@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers import safety
+from helpers.evaluation import wilson
 from tools.measure_safety import CASES, SAMPLE, read_cases
 
 TEXT = ROOT / "assets/screen_text.tsv"
@@ -106,7 +107,7 @@ def weigh_rules(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(always), np.array([bool(f) and not any(f.values()) for f in found])
 
 
-def cross_validate(rows: Rows, more: Rows) -> tuple[float, dict[str, float]]:
+def cross_validate(rows: Rows, more: Rows) -> tuple[float, dict[str, dict[str, float]]]:
     """Choose the threshold that keeps false alarms on held-out rows at `ALARMS`.
 
     Args:
@@ -130,8 +131,11 @@ def cross_validate(rows: Rows, more: Rows) -> tuple[float, dict[str, float]]:
         flags = (scores > threshold) | always
         if flags[~labels].mean() <= ALARMS:
             break
-    found = {"recall": flags[labels].mean(), "false_alarms": flags[~labels].mean()}
-    return float(threshold), {k: round(float(v), 4) for k, v in found.items()} | {"n": len(rows)}
+    found = {
+        "recall": wilson(int(flags[labels].sum()), int(labels.sum())),
+        "false_alarms": wilson(int(flags[~labels].sum()), int((~labels).sum())),
+    }
+    return float(threshold), found
 
 
 def main() -> None:
