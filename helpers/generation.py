@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty
@@ -141,14 +142,15 @@ class _StopOn(StoppingCriteria):
 class Chat:
     """A model that people may talk to: one answer at a time, screened on both sides.
 
-    `patience` is how many seconds a person waits in line before they are told "busy".
+    `patience` is how many seconds a person waits in line before they are told "busy". `line`
+    holds who is being answered, and behind them who waits, first come, first served.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: GenerationConfig
     patience: float = 60.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    line: list[object] = field(default_factory=list)
 
 
 def _generate_in_thread(
@@ -158,14 +160,13 @@ def _generate_in_thread(
     streamer = TextIteratorStreamer(
         chat.tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True
     )
-    inputs = _encode(chat.tokenizer, [prompt], chat.model.device)
     criteria = StoppingCriteriaList([_StopOn(stop), StopStringCriteria(chat.tokenizer, HUMAN)])
 
     def work() -> None:
         try:
             with torch.inference_mode():
                 out = chat.model.generate(
-                    **inputs,
+                    **_encode(chat.tokenizer, [prompt], chat.model.device),
                     generation_config=chat.config,
                     streamer=streamer,
                     stopping_criteria=criteria,
@@ -206,7 +207,7 @@ def _stream_screened(chat: Chat, prompt: str) -> Iterator[str]:
         for piece in _pieces(streamer):
             text += piece
             ready = post_process_chat(_whole(text), finished=True) if _whole(text) else ""
-            if ready and screen_output(ready).flag:
+            if ready != shown and screen_output(ready).flag:
                 yield BLOCKED_REPLY
                 return
             shown = ready or shown
@@ -229,7 +230,7 @@ def stream_reply(
 
     Nothing is generated for a message, or after one, that sounds like a person in danger: the
     fixed reply with helplines comes instead, until the history is cleared. Length, screen and
-    lock stand here, so that a direct call over HTTP meets them too. A sentence is shown
+    line stand here, so that a direct call over HTTP meets them too. A sentence is shown
     only after it is screened; an unsafe one replaces the whole answer.
 
     Args:
@@ -247,22 +248,24 @@ def stream_reply(
     if not message.strip():
         yield ""
         return
+    history = [(q[:MAX_CHARACTERS], a[:MAX_CHARACTERS]) for q, a in history]
     screen = screen_input(message, [q for q, _ in history])
     if screen.flag:
         yield crisis_reply(screen.kinds)
         return
-    if not chat.lock.acquire(timeout=chat.patience):
-        yield BUSY
-        return
+    ticket, until = object(), time.monotonic() + chat.patience
+    chat.line.append(ticket)
     try:
-        kept = (
-            [(neutralise(q), neutralise(a)) for q, a in history[len(history) - turns :]]
-            if turns
-            else []
-        )
+        while chat.line[0] is not ticket:
+            if time.monotonic() > until:
+                yield BUSY
+                return
+            yield ""  # a person who waits can be stopped, or go away, too
+            time.sleep(0.05)
+        kept = [(neutralise(q), neutralise(a)) for q, a in history[-turns:]] if turns else []
         yield from _stream_screened(chat, format_prompt(neutralise(message), kept))
     finally:
-        chat.lock.release()
+        chat.line.remove(ticket)
 
 
 def reply(chat: Chat, message: str, history: Sequence[tuple[str, str]] = (), turns: int = 2) -> str:

@@ -1,22 +1,33 @@
-"""Is this a cry for help, and may this answer be shown: rules before and after the model.
+"""Is this a cry for help, and may this answer be shown: a screen before and after the model.
 
-The rules are data (`safety_rules.tsv`). They miss things; nothing here scores or predicts risk.
+Rules are data (`safety_rules.tsv`); a small linear classifier weighs what they find together with
+the words (`screen_weights.bin`, trained by `tools/train_screen.py` on text of our own). They miss
+things. The answer is yes or no: nothing here tells anybody how great a danger is.
 """
 
 import csv
+import json
 import re
 import unicodedata
+import zlib
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 RULES_FILE = Path(__file__).with_name("safety_rules.tsv")
+WEIGHTS_FILE = Path(__file__).with_name("screen_weights.bin")
+HELPLINES_FILE = Path(__file__).with_name("helplines.tsv")
+ALWAYS = ("direct", "spanish", "hindi", "chinese", "slang")
 SUPPRESSORS = ("idiom", "information", "recovered", "fiction", "work", "denial")
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What the rules found: flagged or not, which kinds, and by which rules."""
+    """Flagged or not, as which kinds, and the ids of the rules that found something.
+
+    `rule_ids` may hold weak finds of a message that is not flagged; then `kinds` is empty.
+    """
 
     flag: bool
     kinds: tuple[str, ...] = ()
@@ -35,38 +46,17 @@ class Rule:
     replacement: str = ""
 
 
-@dataclass(frozen=True)
-class Helpline:
-    """Where a person can be reached, and when that was last looked up."""
-
-    region: str
-    name: str
-    number: str
-    url: str
-    source: str
-    checked_on: str
+# Where a person can be reached, where that was found, and when it was last looked up.
+Helpline = namedtuple("Helpline", "region name number url source checked_on")
 
 
-HELPLINES = (
-    Helpline("everywhere", "local emergency number", "", "", "", "not re-checked"),
-    Helpline(
-        "everywhere", "a helpline in your country", "", "https://findahelpline.com",
-        "https://findahelpline.com", "not re-checked",
-    ),
-    Helpline(
-        "US, Canada", "Suicide and Crisis Lifeline / Helpline", "988", "https://988lifeline.org",
-        "https://en.wikipedia.org/wiki/Suicide_and_Crisis_Lifeline", "2026-11-24",
-    ),
-    Helpline(
-        "UK, Ireland", "Samaritans", "116 123", "https://www.samaritans.org",
-        "https://www.samaritans.org/how-we-can-help/contact-samaritan/", "2026-11-24",
-    ),
-    Helpline(
-        "India", "Tele-MANAS", "14416", "https://telemanas.mohfw.gov.in",
-        "https://www.thehawk.in/news/health/tele-manas-mental-health-helpline-handles-over-"
-        "238-lakh-calls-since-2022-prataprao-jadhav", "2026-11-24",
-    ),
-)  # fmt: skip
+def _read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a table with a head line, columns parted by tabs, no quoting."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+HELPLINES = tuple(Helpline(**row) for row in _read_table(HELPLINES_FILE))
 
 BLOCKED_REPLY = (
     "I would rather not say what I was about to write: it could be wrong or do harm. I am a "
@@ -87,21 +77,19 @@ RUN_WORDS = re.compile(
 )
 
 
-
 def _read_rules() -> tuple[Rule, ...]:
     """Read the table; a row of kind `word` names a part, which `{name}` in later patterns means."""
     rules, words = [], {}
-    with RULES_FILE.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
-            pattern, _, put = row["pattern"].partition(" => ")
-            pattern = re.sub(r"\{([a-z_]+)\}", lambda m: f"(?:{words[m[1]]})", pattern)
-            if row["kind"] == "word":
-                words[row["id"]] = pattern
-                continue
-            if row["kind"] not in ("chinese", "spelling") and not row["id"].startswith("zh"):
-                pattern = rf"\b(?:{pattern})(?!\w)"
-            shown = row["example"], row["counter_example"]
-            rules.append(Rule(row["id"], row["kind"], re.compile(pattern), *shown, put))
+    for row in _read_table(RULES_FILE):
+        pattern, _, put = row["pattern"].partition(" => ")
+        pattern = re.sub(r"\{([a-z_]+)\}", lambda m: f"(?:{words[m[1]]})", pattern)
+        if row["kind"] == "word":
+            words[row["id"]] = pattern
+            continue
+        if row["kind"] not in ("chinese", "spelling") and not row["id"].startswith("zh"):
+            pattern = rf"\b(?:{pattern})(?!\w)"
+        shown = row["example"], row["counter_example"]
+        rules.append(Rule(row["id"], row["kind"], re.compile(pattern), *shown, put))
     return tuple(rules)
 
 
@@ -192,21 +180,61 @@ def _spared(risk: re.Match[str], kind: str) -> bool:
     )
 
 
-def _matches(text: str) -> Iterator[Rule]:
-    """The rules that match a plain text and are not taken back."""
-    for rule in INPUT_RULES:
-        if any(not _spared(found, rule.kind) for found in rule.pattern.finditer(text)):
-            yield rule
+def find(plain: str) -> dict[Rule, bool]:
+    """The rules that match a plain text; False where every match is taken back."""
+    found = ((rule, list(rule.pattern.finditer(plain))) for rule in INPUT_RULES)
+    return {r: any(not _spared(m, r.kind) for m in matches) for r, matches in found if matches}
 
 
-def _screen(rules: Sequence[Rule]) -> Screen:
-    """Rules to result, each name once, in the order of the table."""
-    kinds, ids = dict.fromkeys(r.kind for r in rules), dict.fromkeys(r.id for r in rules)
-    return Screen(bool(ids), tuple(kinds), tuple(ids))
+# The classifier: bias, scale and threshold, then one signed byte for each bucket.
+_head, _packed = WEIGHTS_FILE.read_bytes().split(b"\n", 1)
+HEAD, WEIGHTS = json.loads(_head), memoryview(zlib.decompress(_packed)).cast("b")
+TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[!?.,]")
+BUCKETS = 2**17
+SURER = 1.0  # how much surer the classifier must be where a denial or an idiom took a match back
+
+
+def features(plain: str, found: dict[Rule, bool]) -> dict[int, float]:
+    """What the classifier sees of a plain text: runs of words and of characters, and the rules.
+
+    Args:
+        plain: as `normalise` gives it.
+        found: the rules that match, False where they were taken back.
+
+    Returns:
+        Bucket (0 to `BUCKETS` - 1) to value; words together have length 1, so have characters.
+    """
+    words = ["<", *TOKEN.findall(plain), ">"]
+    line, values = f"<{' '.join(words[1:-1])}>", dict[int, float]()
+    runs = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+    parts = {"c" + line[i : i + n] for n in (3, 4, 5) for i in range(len(line) - n + 1)}
+    rules = {f"r {stands} {name}" for r, stands in found.items() for name in (r.id, r.kind)}
+    for names, value in (
+        (runs, len(runs) ** -0.5),
+        (parts, (len(parts) or 1) ** -0.5),
+        (rules, 0.2),
+    ):
+        for name in names:
+            bucket = zlib.crc32(name.encode()) % BUCKETS
+            values[bucket] = values.get(bucket, 0.0) + value
+    return values
+
+
+def _screen(text: str) -> Screen:
+    """Screen one text by itself: a plain phrase, or the classifier's yes."""
+    found = find(plain := normalise(text))
+    standing = [rule for rule, stands in found.items() if stands]
+    kinds, ids = dict.fromkeys(r.kind for r in standing), [r.id for r in standing]
+    score = sum(WEIGHTS[bucket] * value for bucket, value in features(plain, found).items())
+    taken_back = bool(found) and not standing
+    chosen = HEAD["scale"] * score + HEAD["bias"] > HEAD["threshold"] + SURER * taken_back
+    if chosen or not kinds.keys().isdisjoint(ALWAYS):
+        return Screen(True, tuple(kinds) or ("classifier",), (*ids, *["classifier"] * chosen))
+    return Screen(False, (), tuple(ids))
 
 
 def screen_input(text: str, history: Sequence[str] = ()) -> Screen:
-    """Look for a sign of danger in a message, in each earlier one and in the last three together.
+    """Look for a sign of danger in each message and in any three that follow one another.
 
     An earlier flagged message keeps the conversation flagged, whatever is said later.
 
@@ -223,9 +251,12 @@ def screen_input(text: str, history: Sequence[str] = ()) -> Screen:
         >>> screen_input("I'm fine, just joking", ["I want to die"]).kinds
         ('direct',)
     """
-    turns = [normalise(turn) for turn in (*history, text)]
-    joined = [" ".join(turns[-3:])] if history else []
-    return _screen([rule for turn in turns + joined for rule in _matches(turn)])
+    turns = [*history, text]
+    joined = [" ".join(turns[max(0, n - 2) : n + 1]) for n in range(1, len(turns))]
+    found = [_screen(turn) for turn in turns + joined]
+    kinds = dict.fromkeys(kind for screen in found for kind in screen.kinds)
+    ids = dict.fromkeys(name for screen in found for name in screen.rule_ids)
+    return Screen(any(screen.flag for screen in found), tuple(kinds), tuple(ids))
 
 
 NUMBER = re.compile(r"(?<![\w.,])\+?\(?\d(?:[ ()./-]{0,2}\d){2,}(?!\w)")

@@ -2,11 +2,28 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tools.chat_client import MOCK, Server, serve
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# Writes down what the server process opens for writing and whom it connects to.
+WATCH = """
+import os, sys
+log = open(os.environ["WATCH_LOG"], "a", buffering=1)
+def hook(event, args):
+    if event in ("socket.connect", "socket.sendto"):
+        print(event, args[1], file=log)
+    elif event == "socket.getaddrinfo":
+        print(event, args[0], file=log)
+    elif event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        print(event, args[0], file=log)
+sys.addaudithook(hook)
+"""
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -17,12 +34,12 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
-TOY_PROFILES = '''\
+TOY_PROFILES = """\
 def report() -> str:
     return "a toy machine"
-'''
+"""
 
-TOY_FIRST = '''\
+TOY_FIRST = """\
 # %% [markdown] tags=["generated"]
 # to be written
 
@@ -65,9 +82,9 @@ print("noise", file=sys.stderr)
 # row: Seconds = notebooks.01_data_loading.seconds
 # -->
 # <!-- end -->
-'''
+"""
 
-TOY_SECOND = '''\
+TOY_SECOND = """\
 # %% [markdown] tags=["generated"]
 # to be written
 
@@ -86,7 +103,19 @@ from pathlib import Path
 row = {"question": "Q?", "base": "on and on", "adapter": "A.", "model": f"toy, {MAX_STEPS} steps"}
 Path("artifacts").mkdir(exist_ok=True)
 Path("artifacts/comparison.json").write_text(json.dumps([row]));
-'''
+"""
+
+
+@pytest.fixture(scope="session")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Notebook 05's page with a stand-in for the model; its home and temporary files in `home`."""
+    home = tmp_path_factory.mktemp("chat")
+    (home / "watch").mkdir()
+    (home / "watch/sitecustomize.py").write_text(WATCH)
+    places = dict.fromkeys(("HOME", "TMPDIR", "GRADIO_TEMP_DIR", "XDG_CACHE_HOME"), str(home))
+    watch = {"PYTHONPATH": str(home / "watch"), "WATCH_LOG": str(home / "watched.txt")}
+    with serve(MOCK, home / "printed.txt", **places, **watch) as server:
+        yield server
 
 
 @pytest.fixture

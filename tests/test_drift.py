@@ -47,8 +47,7 @@ def test_the_notebooks_are_among_the_files() -> None:
 def test_an_old_recipe_is_caught() -> None:
     assert drift(RECIPE_OF_2023) == [
         "line 5: TrainingArguments no longer takes ['warmup_ratio', 'group_by_length']",
-        "line 12: SFTTrainer no longer takes "
-        "['dataset_text_field', 'max_seq_length', 'tokenizer']",
+        "line 12: SFTTrainer no longer takes ['dataset_text_field', 'max_seq_length', 'tokenizer']",
         "line 21: GenerationConfig no longer takes ['attention_mask']",
     ]
 

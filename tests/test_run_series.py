@@ -44,7 +44,7 @@ def test_it_leaves_the_notebooks_as_they_were(in_step: Path) -> None:
 
 def test_a_failing_cell_is_shown_and_stops_the_run(in_step: Path) -> None:
     twin = in_step / "notebooks/py/01_data_loading.py"
-    twin.write_text(twin.read_text().replace("# We count.\n", '# We count.\n\n# %%\n1 / 0\n'))
+    twin.write_text(twin.read_text().replace("# We count.\n", "# We count.\n\n# %%\n1 / 0\n"))
     series.sync(in_step)
     done = run(in_step)
     assert done.returncode == 1

@@ -9,6 +9,7 @@ import pytest
 from helpers import safety
 from helpers.safety import crisis_reply, normalise, screen_input, screen_output
 from tools.measure_safety import CASES, milliseconds, rates, read_cases
+from tools.train_screen import ALARMS, read_examples, read_questions, read_seen, read_text
 
 by_id = pytest.mark.parametrize("rule", safety.RULES, ids=lambda rule: rule.id)
 ROWS = read_cases(CASES)
@@ -42,7 +43,7 @@ def test_the_table_is_whole() -> None:
     assert len({row[0] for row in rows}) == len(rows)
 
 
-FLOORS = {"seen": (0.98, 0.02), "unseen": (0.57, 0.21)}
+FLOORS = {"seen": (0.97, 0.04), "unseen": (0.80, 0.13)}
 
 
 @pytest.mark.parametrize("part", FLOORS)
@@ -64,9 +65,10 @@ def test_a_disclosure_is_sticky_and_a_later_denial_does_not_clear_it() -> None:
 
 
 def test_three_turns_are_read_together() -> None:
-    turns = ["i just want to", "stop", "breathing"]
+    turns = ["i want to", "kill", "myself"]
     assert not any(screen_input(turn).flag for turn in turns)
     assert screen_input(turns[2], turns[:2]).flag
+    assert screen_input("What is a budget?", [*turns, "And tea?", "Or milk?"]).flag  # still
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,31 @@ def test_the_fixed_text_names_every_helpline_and_passes_its_own_screen(kinds) ->
     assert not screen_output(text).flag and not screen_output(safety.BLOCKED_REPLY).flag
     dated = re.compile(r"\d{4}-\d\d-\d\d|not re-checked")
     assert all(dated.fullmatch(line.checked_on) for line in safety.HELPLINES)
+
+
+def test_the_classifier_sees_what_the_rules_do_not() -> None:
+    text = "will it hurt when i let go of the railing"
+    assert not any(rule.kind in safety.ALWAYS for rule in safety.find(normalise(text)))
+    assert screen_input(text).kinds == ("classifier",)
+    assert crisis_reply(["classifier"]).startswith("I am glad")
+
+
+def test_a_screen_tells_no_score() -> None:
+    found = screen_input("i want to kill myself")
+    assert set(vars(found)) == {"flag", "kinds", "rule_ids"} and found.flag is True
+
+
+def test_the_weights_are_small_and_say_how_they_were_chosen() -> None:
+    assert safety.WEIGHTS_FILE.stat().st_size < 2**20 and len(safety.WEIGHTS) == safety.BUCKETS
+    found = safety.HEAD["cross_validation"]
+    assert found["false_alarms"]["value"] <= ALARMS
+    assert sum(rate["n"] for rate in found.values()) == len(read_text())
+
+
+def test_no_unseen_case_stands_in_the_training_text() -> None:
+    unseen = {row["message"].casefold() for row in ROWS if row["part"] == "unseen"}
+    trained = read_text() + read_seen() + read_questions() + read_examples()
+    assert not unseen & {text.casefold() for _, text in trained}
 
 
 def test_the_module_stands_alone() -> None:

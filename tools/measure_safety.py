@@ -1,6 +1,6 @@
-"""Measure the safety rules: recall, false alarms, speed, and answers held back.
+"""Measure the safety screen: recall, false alarms, speed, and answers held back.
 
-Prints and stores counts by kind; no message of a test case and no answer is kept.
+Stores counts by kind, and which of our own unseen cases it got wrong. Of answers only a count.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers.evaluation import wilson
-from helpers.safety import screen_input, screen_output
+from helpers.safety import HEAD, screen_input, screen_output
 from tools.results import write_result
 
 CASES = ROOT / "tests" / "safety_cases.tsv"
@@ -62,11 +62,45 @@ def milliseconds(cases: Sequence[dict[str, str]], rounds: int = 5) -> dict[str, 
     return {"median": statistics.median(spent), "slowest": max(spent)}
 
 
-def held_back(path: Path) -> dict[str, float]:
-    """The share of a data set's answers that the output rules hold back."""
+def read_answers(path: Path) -> list[str]:
+    """The answers of a file of dialogues."""
     rows = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-    answers = [row.split("<ASSISTANT>:")[1] for row in rows]
+    return [row.split("<ASSISTANT>:")[1] for row in rows]
+
+
+def adapter_answers() -> list[str]:
+    """What the tiny Falcon with its embedded adapter says to the 18 test questions."""
+    from peft import PeftModel
+
+    from helpers.dialogues import load_dialogues, split_rows
+    from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
+    from helpers.generation import generate_texts, sampling
+    from helpers.profiles import detect_profile
+    from helpers.prompts import format_prompt, post_process_chat
+
+    tiny = detect_profile("cpu")
+    base = load_falcon(tiny.model, tiny)
+    use_fused_attention(base)
+    model = PeftModel.from_pretrained(base, tiny.adapter).eval()
+    tokenizer = load_tokenizer(tiny.model)
+    test = split_rows(load_dialogues(tiny.dataset)[0])["test"]
+    prompts = [format_prompt(question) for question in test["question"]]
+    said = generate_texts(model, tokenizer, prompts, sampling(tokenizer))
+    return [post_process_chat(answer.text, answer.finished) for answer in said]
+
+
+def held_back(answers: Sequence[str]) -> dict[str, float]:
+    """The share of answers that the screen after the model holds back."""
     return wilson(sum(screen_output(answer).flag for answer in answers), len(answers))
+
+
+def wrong(cases: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    """The ids of the cases at risk that were missed, and of the harmless ones that were stopped."""
+    off = [case for case in cases if screen_case(case["message"]) != (case["risk"] == "1")]
+    return {
+        name: [case["id"] for case in off if case["risk"] == risk]
+        for name, risk in (("missed", "1"), ("stopped", "0"))
+    }
 
 
 def measure(cases: Sequence[dict[str, str]], data: Path | None) -> dict[str, Any]:
@@ -76,10 +110,15 @@ def measure(cases: Sequence[dict[str, str]], data: Path | None) -> dict[str, Any
         rows = [case for case in cases if case["part"] == part]
         if rows:
             figures[part] = {"recall": rates(rows, "1"), "false_alarms": rates(rows, "0")}
+            figures[part]["wrong"] = wrong(rows)
+    figures["classifier"] = {k: HEAD[k] for k in ("trained_on", "threshold", "cross_validation")}
     figures["ms_per_message"] = milliseconds(cases)
-    figures["outputs_blocked"] = {"sample": held_back(SAMPLE)}
-    if data and data.exists():
-        figures["outputs_blocked"]["original"] = held_back(data)
+    figures["outputs_blocked"] = {
+        "sample": held_back(read_answers(SAMPLE)),
+        "adapter": held_back(adapter_answers()),
+    }
+    if data:
+        figures["outputs_blocked"]["original"] = held_back(read_answers(data))
     return figures
 
 
@@ -92,14 +131,15 @@ def main() -> None:
     options = parser.parse_args()
     figures = measure([row for path in options.cases for row in read_cases(path)], options.data)
     for part in ("seen", "unseen"):
-        for name, found in figures.get(part, {}).items():
+        for name in ("recall", "false_alarms"):
+            found = figures[part][name]
             every = {"overall": found["overall"]} | found["by_kind"]
             shares = (f"{kind} {rate['value']:.2f} of {rate['n']}" for kind, rate in every.items())
             print(part, name, *shares, sep="; ")
     print(figures["ms_per_message"], figures["outputs_blocked"])
     if not options.dry_run:
         command = "python tools/measure_safety.py" + (" --data DATA.jsonl" if options.data else "")
-        write_result("safety", figures, "the safety rules on labelled messages", command)
+        write_result("safety", figures, "the safety screen on labelled messages", command)
 
 
 if __name__ == "__main__":

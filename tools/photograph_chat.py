@@ -1,57 +1,35 @@
-"""Take the picture of the chat page that notebook 05 and the README show.
+"""Take the pictures of the chat page: docs/chat.png, which notebook 05 and the README show.
 
-    python tools/photograph_chat.py
+    python tools/photograph_chat.py [FOLDER]
 
 Serves notebook 05 on this machine, asks two questions in headless Chromium (Debian's package
-`chromium`), and writes docs/chat.png.
+`chromium`), and takes the page in light, in dark and as wide as a phone. Only the first is kept in
+docs/; the others go to FOLDER, if one is named, to be looked at.
 """
 
-import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-PORT = 7871
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+sys.path.insert(0, str(ROOT))
+
+from tools.chat_client import CHROMIUM, FLAGS, TWIN, serve
+
 QUESTIONS = ("I cannot sleep before exams. What can I do?", "I do not want to be alive any more.")
-
-
-def serve(port: int = PORT) -> subprocess.Popen:
-    """Start the chat page; returns once it answers.
-
-    Raises:
-        TimeoutError: if it does not within two minutes.
-    """
-    command = [
-        sys.executable,
-        "notebooks/py/05_gradio_chat.py",
-        "SERVE=True",
-        f"PORT={port}",
-        "PROFILE=cpu",
-    ]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    for _ in range(240):
-        try:
-            urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
-            return server
-        except (URLError, OSError):
-            time.sleep(0.5)
-    server.kill()
-    raise TimeoutError("the chat page did not start within two minutes")
+VIEWS = {
+    "chat": {"viewport": {"width": 900, "height": 780}},
+    "chat_dark": {"viewport": {"width": 900, "height": 780}, "color_scheme": "dark"},
+    "chat_phone": {"viewport": {"width": 390, "height": 844}, "is_mobile": True},
+}
 
 
 def ask(page: Page, question: str) -> None:
     """Type a question, send it, and wait until its answer is whole."""
     before = page.locator(".bot.message").count()
-    page.get_by_label("Your message").fill(question)
+    page.get_by_role("textbox", name="Your message").fill(question)
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".bot.message")).to_have_count(before + 1, timeout=60_000)
     text = ""
@@ -60,23 +38,23 @@ def ask(page: Page, question: str) -> None:
         page.wait_for_timeout(1500)
 
 
-def main() -> None:
+def main(folders: list[str]) -> None:
     """Serve, ask, photograph."""
-    server = serve()
-    try:
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-            page = browser.new_page(viewport={"width": 900, "height": 780})
-            page.goto(f"http://127.0.0.1:{PORT}/")
-            for question in QUESTIONS:
-                ask(page, question)
-            page.wait_for_timeout(500)
-            page.screenshot(path=str(ROOT / "docs/chat.png"))
+    with tempfile.TemporaryDirectory() as printed, sync_playwright() as play:
+        with serve(TWIN, Path(printed) / "printed.txt") as server:
+            browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            for name, view in VIEWS.items():
+                if name != "chat" and not folders:
+                    continue
+                page = browser.new_page(**view)
+                page.goto(server.url)
+                for question in QUESTIONS:
+                    ask(page, question)
+                page.wait_for_timeout(500)
+                folder = ROOT / "docs" if name == "chat" else Path(folders[0])
+                page.screenshot(path=str(folder / f"{name}.png"))
             browser.close()
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -49,7 +49,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 SERIES_BLOCK = re.compile(r"<!-- series -->\n.*?<!-- end -->", re.DOTALL)
 
 # The same ten lines open all five notebooks. URL becomes the address in pyproject.toml.
-SETUP = '''\
+SETUP = """\
 import subprocess, sys
 from pathlib import Path
 
@@ -61,7 +61,7 @@ if not root.exists():  # the notebook alone was opened, as in Colab: fetch the r
 sys.path.insert(0, str(root.resolve()))
 from tools.colab_setup import override, prepare
 
-print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on'''
+print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on"""
 
 
 def repository(root: Path = ROOT) -> str:

@@ -5,8 +5,8 @@
 
 # %% [markdown]
 # After this page you have a chat in the browser: the adapter's answers, sentence by sentence, with
-# two turns of memory, a Stop button, and a layer of plain rules before and after the model for
-# the day when somebody in real trouble types into it. It is private unless you say otherwise, and
+# two turns of memory, a Stop button, and a screen before and after the model for the day when
+# somebody in real trouble types into it. It is private unless you say otherwise, and
 # nothing that is typed is kept.
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
@@ -100,8 +100,9 @@ print(reply(chat, "How can I sleep better?"))
 # ## 2. What a person may type
 # The article's chat promised that "if the chatbot seems you need external support, then it will
 # respond appropriately"; nothing in it did. Ours has rules, kept as data, that look for signs of
-# danger in a message and in the last turns together. They give no score and predict nothing: they
-# decide who answers, the model or a fixed text.
+# danger in a message and in any three turns together, and a small classifier that weighs what
+# they find against the other words. It gives no score and predicts nothing: it decides who
+# answers, the model or a fixed text.
 
 # %%
 from helpers.safety import screen_input
@@ -125,24 +126,40 @@ print(reply(chat, "I do not want to be alive any more."))
 # lines with their numbers. Once flagged, a conversation stays so until it is cleared: a "just
 # kidding" after such a message is no reason to go on chatting.
 #
-# How often do the rules miss? Messages were written before the rules, half of them at risk and
-# half harmless, and a part of them was kept unseen until the rules were done.
+# How often does it miss? The classifier was trained on messages written for it, and cross-validated
+# there. Other messages, half of them at risk and half harmless, were kept out of that training; we
+# looked at their scores, though, while we chose what the classifier sees. Recall is the share of
+# the messages at risk that were caught, a false alarm a harmless one that was stopped.
 
 # %%
 import json
 
-measured = json.loads((root / "results/cpu/safety.json").read_text())["unseen"]
-for name, word in (("recall", "at risk and caught"), ("false_alarms", "harmless but stopped")):
-    rate = measured[name]["overall"]
-    print(f"{word}: {rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}], n = {rate['n']}")
+measured = json.loads((root / "results/cpu/safety.json").read_text())
+parts = {"unseen": measured["unseen"], "cross": measured["classifier"]["cross_validation"]}
+for part, found in parts.items():
+    for name in ("recall", "false_alarms"):
+        r = found[name].get("overall", found[name])
+        print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see a share caught well under the nine in ten that one would want: of the messages at risk that
-# the rules had not seen, four in ten were missed. Of the harmless ones far more were stopped than
-# the one in twenty that one could accept. Real people will type still other things.
+# We see more caught on the messages kept out than in cross-validation, whose messages were written
+# to be hard; the truth for real people may be lower than both. Neither comes near the nineteen in
+# twenty that one would want. Where does it miss?
+
+# %%
+for name in ("recall", "false_alarms"):
+    kinds = measured["unseen"][name]["by_kind"].items()
+    print(name, *(f"{k} {r['value']:.2f} of {r['n']}" for k, r in sorted(kinds)), sep="\n  ")
+print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
+
+# %% [markdown]
+# A recall of 1.00 stands at the direct words; a third person, a burden or a farewell is missed more
+# often, each on few messages. The ids of what was missed lead to the words in
+# `tests/safety_cases.tsv`.
 #
-# > **Warning.** This is far from good enough for a public service. The rules are a net under a
-# > demonstration: this page must not be offered to people in need.
+# > **Warning.** Take these figures as what the screen does at best. It is far from good enough
+# > for a public service, a net under a demonstration: this page must not be offered to people in
+# > need.
 #
 # ## 3. What a model may say
 # The screen after the model holds every sentence back until it is read: doses or stopping a
@@ -160,7 +177,15 @@ for sentence in sentences:
 
 # %% [markdown]
 # The first and the last are shown: one is advice, the other forbids what the fourth allows. A rule
-# that looked for words alone would stop both.
+# that looked for words alone would stop both. How many ordinary answers does it hold back?
+
+# %%
+for source, r in measured["outputs_blocked"].items():
+    print(f"{source:8} {r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}], n = {r['n']}")
+
+# %% [markdown]
+# Under one in fifty of the sample's answers, of the original data set's and of the adapter's; the
+# rules were written with the first two at hand, so that only the adapter's are new to them.
 #
 # ## 4. Words that are commands
 # The prompt is made of tags. What if somebody types one? We predict that the model sees ordinary
@@ -219,13 +244,33 @@ def to_turns(messages):
 print(to_turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]))
 
 # %% [markdown]
-# Two messages make one pair. `respond` is the one function that generates; length check, screen
-# and lock lie inside `stream_reply`, so a call that goes around the page meets them too.
+# Two messages make one pair. The chat shows Markdown, so that lists and links work; but what a
+# person types must appear as typed, tags and stars included. A backslash before each mark does it.
+
+# %%
+import re
+
+def as_typed(text):
+    """Text with its marks escaped, for the page."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+def as_meant(text):
+    """The way back, for the screen and the model."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text)
+
+print(as_typed("<b>*Hi*</b>"), as_meant(as_typed("<b>*Hi*</b>")))
+
+# %% [markdown]
+# The way back gives the same text. `respond` is the one function that generates; length check,
+# screen and line lie inside `stream_reply`, so a call that goes around the page meets them too.
 
 # %%
 def respond(messages):
     """Answer the last message, growing sentence by sentence; the page shows each step."""
-    *earlier, (question, _) = to_turns(messages)
+    if not messages or messages[-1]["role"] != "user":
+        yield messages  # nothing was asked
+        return
+    *earlier, (question, _) = [(as_meant(q), a) for q, a in to_turns(messages)]
     for text in stream_reply(chat, question, earlier):
         yield [*messages, {"role": "assistant", "content": text}]
 
@@ -243,7 +288,7 @@ print(shown[-1]["content"])
 # %%
 def ask(text, messages):
     """Move the text into the conversation and empty the box."""
-    said = [{"role": "user", "content": text}] if text.strip() else []
+    said = [{"role": "user", "content": as_typed(text)}] if text.strip() else []
     return ("" if said else text), [*messages, *said]
 
 print(ask("Hello", []), ask("  ", []))
@@ -282,7 +327,7 @@ print(f"{len(page.blocks)} blocks, {len(page.fns)} events")
 
 # %% [markdown]
 # Blocks, and no events yet. Send and the Enter key first move the text, then answer it; Stop
-# cancels what runs; Clear cancels it and forgets.
+# cancels what runs; Clear cancels it and forgets, and so does the chat's own small bin.
 
 # %%
 private = {"api_visibility": "private"}
@@ -292,12 +337,33 @@ with page:
     running = [send.click(**moved).then(**told), box.submit(**moved).then(**told)]
     stop.click(None, cancels=running, **private)
     clear.click(lambda: [], outputs=chatbot, cancels=running, queue=False, **private)
+    chatbot.clear(None, cancels=running, **private)
 print(f"{len(page.fns)} events")
 
 # %% [markdown]
-# Now we start it. `share=False` is written out because Gradio would otherwise open a *public*
-# address in Colab; there the page appears in a frame below the cell. With `SHARE = True` a
-# password is required.
+# A browser would keep the answers in its cache on disk, and we promised that nothing is kept. What
+# the server sends for a chat therefore says `no-store`.
+
+# %%
+from starlette.middleware import Middleware
+
+def no_store(app):
+    """Forbid browsers to keep what the page's functions answer."""
+    async def answer(scope, receive, send):
+        async def marked(message):
+            if message["type"] == "http.response.start" and "/gradio_api/" in scope["path"]:
+                message["headers"] = [*message["headers"], (b"cache-control", b"no-store")]
+            await send(message)
+        await app(scope, receive, marked)
+    return answer
+
+unkept = {"middleware": [Middleware(no_store)]}
+print("not kept:", *unkept)
+
+# %% [markdown]
+# It is a thin layer around the whole server. Now we start it. `share=False` is written out because
+# Gradio would otherwise open a *public* address in Colab; there the page appears in a frame below
+# the cell. With `SHARE = True` a password is required.
 
 # %%
 if SHARE and not PASSWORD:
@@ -306,7 +372,7 @@ page.queue(max_size=20, api_open=False)
 _, address, _ = page.launch(
     share=SHARE, auth=("guest", PASSWORD) if PASSWORD else None, server_name="127.0.0.1",
     server_port=PORT, prevent_thread_lock=True, quiet=True, inline="google.colab" in sys.modules,
-    run_history=False, enable_monitoring=False, ssr_mode=False, footer_links=[],
+    run_history=False, enable_monitoring=False, app_kwargs=unkept, ssr_mode=False, footer_links=[],
 )
 print(f"the page is public at {address}" if SHARE else "the page is served on this machine alone")
 
@@ -330,7 +396,8 @@ assert PASSWORD or "not a person" in html
 #
 # picture = root / "docs/chat.png"
 # show(picture, alt="The chat page: a notice that this is a program and not a person, with a help "
-#      "line; below it a conversation of two questions and answers, and Send, Stop and Clear.")
+#      "line; below it somebody writes that they do not want to be alive any more, and a fixed "
+#      "text answers with helplines; then the message box, and Send, Stop and Clear.")
 
 # %% [markdown]
 # With `SERVE = True`, as `make chat` sets it, the page now stays until you stop the cell; otherwise
@@ -364,5 +431,5 @@ print("closed")
 # ## 9. Sources and next
 # American Psychological Association (2025), health advisory on chatbots and wellness apps. NICE
 # (2022), [guideline NG225](https://www.nice.org.uk/guidance/ng225), which warns against
-# tools that score or predict risk. Helplines with source and date: `helpers/safety.py`.
+# tools that score or predict risk. Helplines with source and date: `helpers/helplines.tsv`.
 # This is the last page; [01](01_data_loading.ipynb) is the first.
