@@ -225,11 +225,8 @@ def _all_losses(
 
 
 def answer_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[dict[str, str]],
-    batch_size: int = 8,
-    max_length: int = 1024,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, str]],
+    batch_size: int = 8, max_length: int = 1024,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean next-token loss of each row's answer, its end-of-text token included.
 
@@ -267,11 +264,8 @@ def answer_losses(
 
 
 def passage_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int = 8,
-    max_length: int = 1024,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
+    batch_size: int = 8, max_length: int = 1024,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean next-token loss of plain passages, to see what fine-tuning forgot.
 
@@ -312,10 +306,8 @@ def distinct_n(text: str, n: int = 2) -> float:
 
 
 def score_answers(
-    generations: Sequence,
-    groups: Sequence[Hashable] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
+    generations: Sequence, groups: Sequence[Hashable] | None = None,
+    limit: int | None = None, seed: int = 0,
 ) -> dict[str, Estimate]:
     """Score raw answers without a judge: do they end, do they invent turns, do they repeat?
 

@@ -242,11 +242,8 @@ def stream_reply(
     Yields:
         str: the answer so far; the last one is final.
     """
-    if len(message) > MAX_CHARACTERS:
-        yield TOO_LONG
-        return
-    if not message.strip():
-        yield ""
+    if len(message) > MAX_CHARACTERS or not message.strip():
+        yield TOO_LONG if message.strip() else ""
         return
     history = [(q[:MAX_CHARACTERS], a[:MAX_CHARACTERS]) for q, a in history]
     screen = screen_input(message, [q for q, _ in history])

@@ -165,7 +165,10 @@ def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_nf4(
-    codes: Tensor, absmax: Tensor, levels: Tensor = NF4_LEVELS, dtype: torch.dtype = torch.float32
+    codes: Tensor,
+    absmax: Tensor,
+    levels: Tensor = NF4_LEVELS,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Turn indices and scales back into values: level times scale.
 
