@@ -74,6 +74,7 @@ REWORDED = (  # other ways to ask the same thing
     (r"Is it normal (.+)\?", ("Is it common {0}?", "Is it all right {0}?")),
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
+CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
 COMMON = set(
     "what with when that does your from about help helps feel better people today most should know "
     "good find have much long where signs first small steps need needs take start some tips doctor "
@@ -124,6 +125,7 @@ class Shares:
 
     facts: float = 0.4
     prose: float = 0.07
+    untagged: float = 0.85  # the same answers, among the pages of untagged questions
     voice: float = 0.0  # answers in the dialogues' own voice, among the tagged turns
     transcripts: float = 0.5
     magazines: float = 0.2
@@ -146,6 +148,11 @@ class Pages:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
         self.voices: list[dict] = []
+        self.closings: dict[str, list[str]] = {}
+        for piece in self.answers:
+            last = re.split(r"(?<=[.!?]) ", piece["answer"])[-1]
+            if CLOSING.match(last):
+                self.closings.setdefault(piece["topic"], []).append(last)
 
     def passage(self) -> dict:
         """The next passage; each is used once before any is used again."""
@@ -159,8 +166,8 @@ class Pages:
     def some(self, line: dict, low: int, high: int) -> list[str]:
         facts = line["facts"]
         chosen = self.rng.sample(range(len(facts)), min(len(facts), self.rng.randint(low, high)))
-        if line["aspect"] == "steps":
-            chosen.sort()  # steps were written in order
+        if line["aspect"] == "steps" or self.rng.random() < 0.7:
+            chosen.sort()  # steps were written in order, and many facts lead to the next
         return [facts[i] for i in chosen]
 
     def joined(self, said: list[str]) -> str:
@@ -183,28 +190,32 @@ class Pages:
                 last = sentence
         return " ".join(out)
 
-    def answer(self, line: dict) -> str:
+    def answer(self, line: dict, kind: float = 0.3) -> str:
         """Two to five facts that answer, now and then with a kind word or where to find help."""
         topic, rng = self.by_topic[line["topic"]], self.rng
         if line["aspect"] == "steps" and rng.random() < 0.5:
             return self.numbered(self.some(line, 3, 5))
         said = self.some(line, 2, 5)
-        if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < 0.3:
+        if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < kind:
             said.insert(0, rng.choice(topic["feel"]["facts"]))
-        if line["aspect"] in ("self", "signs", "other") and "care" in topic and rng.random() < 0.3:
+        if line["aspect"] in ("self", "signs", "other") and "care" in topic and rng.random() < kind:
             said.append(rng.choice(topic["care"]["facts"]))
         return self.joined(said)
 
-    def asked(self, line: dict) -> tuple[str, str]:
+    def asked(self, line: dict, kind: float = 0.3) -> tuple[str, str]:
         """A question on a topic and its answer, made of facts."""
-        return reword(self.rng.choice(line["questions"]), self.rng), self.answer(line)
+        return reword(self.rng.choice(line["questions"]), self.rng), self.answer(line, kind)
 
     def voice(self) -> tuple[str, str]:
         """A question and its answer in the dialogues' voice; each once before any comes again."""
         if not self.voices:
             self.voices = self.rng.sample(self.answers, len(self.answers))
         piece = self.voices.pop()
-        return reword(piece["question"], self.rng), piece["answer"]
+        answer = piece["answer"]
+        *rest, last = re.split(r"(?<=[.!?]) ", answer)
+        if CLOSING.match(last) and self.rng.random() < 0.4:  # another closing on the same topic
+            answer = " ".join([*rest, self.rng.choice(self.closings[piece["topic"]])])
+        return reword(piece["question"], self.rng), answer
 
     def pair(self, line: dict | None = None) -> str:
         kind, shares = self.rng.random(), self.shares
@@ -248,9 +259,9 @@ class Pages:
         """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
         q, a = rng.choice(MARKS)
-        voice = self.answers and rng.random() < 0.85
+        voice = self.answers and rng.random() < self.shares.untagged
         pairs = [
-            self.voice() if voice else self.asked(rng.choice(self.facts))
+            self.voice() if voice else self.asked(rng.choice(self.facts), kind=0.6)
             for _ in range(rng.randint(3, 7))
         ]
         return "\n\n".join(f"{q}{question}\n{a}{answer}" for question, answer in pairs)
