@@ -58,10 +58,9 @@ override(globals())
 from dataclasses import replace
 from helpers.profiles import detect_profile
 
-profile = detect_profile(PROFILE, model=MODEL)
 own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMULATION,
        "max_length": MAX_LENGTH, "early_stop": EARLY_STOP}
-profile = replace(profile, **{name: value for name, value in own.items() if value is not None})
+profile = replace(detect_profile(PROFILE, model=MODEL), **{k: v for k, v in own.items() if v is not None})
 
 # %% [markdown]
 # A notebook is one process. Launched on several GPUs, this page runs once on each; they then share
@@ -80,6 +79,7 @@ print(f"{profile.batch_size} x {profile.accumulation} rows a step in this proces
 # test part stays closed.
 
 # %%
+import torch
 from datasets import Dataset, load_from_disk
 from helpers.dialogues import load_dialogues, split_rows, to_prompt_completion
 
@@ -115,8 +115,6 @@ print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.comp
 # layer.
 
 # %%
-import torch
-
 layer, rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32
 generator = torch.Generator().manual_seed(SEED)
 x = torch.randn(1, layer.in_features, generator=generator).to(model.device, profile.compute_dtype)
@@ -262,8 +260,7 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
 # %%
 trainer.remove_callback(PrinterCallback)
 save_whole_adapters(trainer)
-adapters_to_fp32(trainer)
-n_trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+n_trainable = adapters_to_fp32(trainer)
 print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
 assert n_trainable == n_predicted or not is_falcon
 
