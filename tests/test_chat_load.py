@@ -57,8 +57,11 @@ def test_served_in_the_order_of_coming(chat: Chat) -> None:
     next(late)
     first.close()
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(drain, each, n, order) for n, each in enumerate([*waiting, late])]
-        [job.result(timeout=20) for job in reversed(jobs)]
+        jobs = []
+        for n, each in reversed(list(enumerate([*waiting, late]))):  # the last asks again first
+            jobs.append(pool.submit(drain, each, n, order))
+            time.sleep(0.2)
+        [job.result(timeout=20) for job in jobs]
     assert order == [0, 1, 2, 3] and chat.line == []
 
 

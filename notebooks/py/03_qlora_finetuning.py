@@ -255,7 +255,8 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
 # The trainer has cast the adapters to bfloat16, whatever the precision flags say: a T4 in fp16
 # dies of that at its first step, a CPU crawls, and on any machine a resumed run would differ,
 # since adapters come back from a checkpoint in 32 bits. We cast them to 32 bits now. We also take
-# out the library's own progress printer: `progress` says less, and more plainly.
+# out the library's own progress printer: `progress` says less, and more plainly. The second line,
+# like those that begin with `leave_if`, does nothing in a notebook: it is for many processes.
 
 # %%
 trainer.remove_callback(PrinterCallback)

@@ -127,8 +127,8 @@ print(reply(chat, "I do not want to be alive any more."))
 #
 # How often does it miss? The classifier was trained on messages written for it, and cross-validated
 # there. Other messages, half of them at risk and half harmless, were kept out of that training; we
-# looked at their scores, though, while we chose what the classifier sees. Recall is the share of
-# the messages at risk that were caught, a false alarm a harmless one that was stopped.
+# had read them, though, and looked at their scores while we chose what the classifier sees. Recall
+# is the share of the messages at risk that were caught, a false alarm a harmless one stopped.
 
 # %%
 import json
