@@ -9,6 +9,7 @@ lease can be used in pieces. On a CPU `--minutes 1 --tokens 200000` makes a mode
 """
 
 import argparse
+import copy
 import json
 import lzma
 import math
@@ -642,6 +643,7 @@ def main() -> None:
     held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)
+    shards = save(copy.deepcopy(model), tokenizer, Path(args.out))  # before the slow scoring
     report |= {"parameters": sum(p.numel() for p in model.parameters())}
     report |= {
         "train_loss": evaluate(model, windows[: len(held_windows)]),
@@ -658,7 +660,6 @@ def main() -> None:
         full = torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16)
         report[name] = evaluate(model, full.view(-1, WINDOW))
     texts = samples(model, tokenizer)
-    shards = save(model, tokenizer, Path(args.out))
     report |= {
         "shards": len(shards),
         "bytes": sum(p.stat().st_size for p in Path(args.out).iterdir()),
