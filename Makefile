@@ -16,7 +16,7 @@ TORCH_RANGE     := $(shell sed -n 's/^torch\([<>=]\)/torch\1/p' requirements.txt
 # Scripts that `make results` runs after the notebooks. Each writes into results/ by itself.
 # Add a line: RESULT_SCRIPTS += path/to/script.py
 RESULT_SCRIPTS := tools/measure_comparison.py tools/measure_safety.py tools/measure_chat.py \
-                  tools/measure_faults.py tools/measure_leaving.py
+                  tools/measure_faults.py tools/measure_leaving.py tools/measure_style.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
