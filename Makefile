@@ -28,7 +28,7 @@ export PYTHONUNBUFFERED := 1
 demo test: export HF_HUB_OFFLINE := 1
 demo test: export WANDB_MODE := offline
 
-.PHONY: help setup demo run chat test lint results publish
+.PHONY: help setup demo run chat test lint drift results publish
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make chat     open the chat page"
 	@echo "make test     run every test"
 	@echo "make lint     ruff and codespell"
+	@echo "make drift    what the newest published libraries would break; nothing is installed"
 	@echo "make results  run what is too long for a page; writes results/"
 	@echo "make publish REPO=you/name   write your repository's address into badges and links"
 	@echo "Constants:    make demo ARGS='MAX_STEPS=20 SEED=1'"
@@ -72,6 +73,9 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/codespell
+
+drift: $(STAMP)
+	@$(BIN)/python tools/drift.py --newest
 
 results: $(STAMP)
 	@$(BIN)/python tools/run_series.py --results PROFILE=auto $(ARGS)
