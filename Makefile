@@ -28,7 +28,7 @@ export PYTHONUNBUFFERED := 1
 demo test: export HF_HUB_OFFLINE := 1
 demo test: export WANDB_MODE := offline
 
-.PHONY: help setup demo run chat test lint drift results publish
+.PHONY: help setup demo run chat test lint drift colab results publish
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make test     run every test"
 	@echo "make lint     ruff and codespell"
 	@echo "make drift    what the newest published libraries would break; nothing is installed"
+	@echo "make colab    each notebook alone in an empty folder, Colab rehearsed; a few minutes"
 	@echo "make results  run what is too long for a page; writes results/"
 	@echo "make publish REPO=you/name   write your repository's address into badges and links"
 	@echo "Constants:    make demo ARGS='MAX_STEPS=20 SEED=1'"
@@ -76,6 +77,10 @@ lint: $(STAMP)
 
 drift: $(STAMP)
 	@$(BIN)/python tools/drift.py --newest
+
+colab: $(STAMP)
+	@$(BIN)/python tools/colab_check.py $(ARGS)
+	@$(BIN)/python tools/series.py update
 
 results: $(STAMP)
 	@$(BIN)/python tools/run_series.py --results PROFILE=auto $(ARGS)
