@@ -187,6 +187,7 @@ def test_the_setup_cell_fetches_the_repository_when_opened_alone(
             run, cwd=alone, env=os.environ | redirect, capture_output=True, text=True
         )
         assert done.stdout == "a toy machine\n", done.stderr
+        assert done.returncode == 0, done.stderr
     assert (alone / "falcon-qlora/helpers/profiles.py").exists()
 
 
