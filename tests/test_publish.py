@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from tools import colab_check, series
 
@@ -55,6 +56,15 @@ def test_publishing_again_moves_all_to_the_new_address(copy: Path, tmp_path: Pat
         name for name, text in found.items() if "you/falcon" in text.replace("REPO=you", "")
     ]
     assert "https://github.com/her-name/qlora.falcon_7b" in found["CITATION.cff"]
+
+
+def test_the_citation_is_read_as_one(copy: Path) -> None:
+    cited = yaml.safe_load((copy / "CITATION.cff").read_text())
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"}, "GitHub shows it then"
+    assert cited["repository-code"] == "https://github.com/you/falcon"
+    assert cited["license"] == "Apache-2.0" and "Apache License" in (ROOT / "LICENSE").read_text()
+    for work in cited["references"]:
+        assert work.keys() >= {"type", "title", "authors", "year", "url"}, work["title"]
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -131,3 +131,11 @@ def test_trap_7_peft_still_refuses_the_torchao_of_colab(monkeypatch: pytest.Monk
         f"peft takes torchao {old[1]} now: UNWANTED in tools/colab_setup.py may go"
     )
     assert "torchao" in UNWANTED
+
+
+def test_trap_of_decoding_the_quantizer_still_says_that_it_cannot_be_compiled() -> None:
+    quantizer = load_falcon(TINY.model, TINY).hf_quantizer
+    assert quantizer.is_compileable is False, (
+        "transformers compiles decoding with bitsandbytes itself now: in compile_decoding the "
+        "change of the quantizer's class may go"
+    )
