@@ -173,7 +173,7 @@ def verified(root: Path = ROOT) -> str:
     commit, _, day = last["image"].partition(", ")
     return (
         f"Last verified {last['date']}: {len(last['notebooks'])} notebooks, each alone in an empty "
-        f"folder,\nrehearsed outside Colab on {last['machine']}, with the packages\nof Colab's "
+        f"folder,\nrehearsed outside Colab on {last['machine']}, from the package\nlist of Colab's "
         f"image of {day} ({commit}); [{path.name}]({path.relative_to(root)})."
     )
 
