@@ -16,7 +16,7 @@ TORCH_RANGE     := $(shell sed -n 's/^torch\([<>=]\)/torch\1/p' requirements.txt
 # Scripts that `make results` runs after the notebooks. Each writes into results/ by itself.
 # Add a line: RESULT_SCRIPTS += path/to/script.py
 RESULT_SCRIPTS := tools/measure_comparison.py tools/measure_safety.py tools/measure_chat.py \
-                  tools/measure_faults.py
+                  tools/measure_faults.py tools/measure_leaving.py tools/measure_style.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -28,7 +28,7 @@ export PYTHONUNBUFFERED := 1
 demo test: export HF_HUB_OFFLINE := 1
 demo test: export WANDB_MODE := offline
 
-.PHONY: help setup demo run chat test lint results publish
+.PHONY: help setup demo run chat test lint drift colab results publish
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,8 @@ help:
 	@echo "make chat     open the chat page"
 	@echo "make test     run every test"
 	@echo "make lint     ruff and codespell"
+	@echo "make drift    what the newest published libraries would break; nothing is installed"
+	@echo "make colab    each notebook alone in an empty folder, Colab rehearsed; a few minutes"
 	@echo "make results  run what is too long for a page; writes results/"
 	@echo "make publish REPO=you/name   write your repository's address into badges and links"
 	@echo "Constants:    make demo ARGS='MAX_STEPS=20 SEED=1'"
@@ -72,6 +74,13 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/codespell
+
+drift: $(STAMP)
+	@$(BIN)/python tools/drift.py --newest
+
+colab: $(STAMP)
+	@$(BIN)/python tools/colab_check.py $(ARGS)
+	@$(BIN)/python tools/series.py update
 
 results: $(STAMP)
 	@$(BIN)/python tools/run_series.py --results PROFILE=auto $(ARGS)

@@ -213,6 +213,11 @@ class CheckpointManifest(TrainerCallback):
         mirror: a second folder, such as one on Drive. Its parent must be there when training
             begins; if it vanishes, training goes on and it is not made anew.
         say: what takes the few sentences.
+
+    Example:
+        >>> keeper = CheckpointManifest(mark={"seed": 0})
+        >>> keeper.press_stop()
+        Stopping after this step, with a checkpoint; press Stop again to stop at once.
     """
 
     def __init__(self, mark: dict, mirror: str | Path | None = None, say=print):
@@ -290,6 +295,13 @@ def train_and_survive(trainer: Trainer, resume: str | None = None) -> bool:
 
     Returns:
         True if training came to its own end, early stopping included; False if it was stopped.
+
+    Example:
+        >>> from types import SimpleNamespace as Some
+        >>> handler = Some(callbacks=[CheckpointManifest(mark={})])
+        >>> trainer = Some(callback_handler=handler, train=lambda resume_from_checkpoint: None)
+        >>> train_and_survive(trainer)    # nobody pressed Stop
+        True
     """
     keeper = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "press_stop"))
     keeper.presses, before = 0, signal.signal(signal.SIGINT, keeper.press_stop)

@@ -112,6 +112,17 @@ class ProgressLines(TrainerCallback):
 
     The time of the first step holds one-off work (compiling, allocating), so the estimate
     is made from the steps after it. Only the first process prints.
+
+    Args:
+        rows: in the training part; 0 says nothing about passes.
+        say: what takes each line.
+
+    Example:
+        >>> from types import SimpleNamespace as Some
+        >>> args = Some(train_batch_size=4, gradient_accumulation_steps=2, world_size=1)
+        >>> state = Some(is_world_process_zero=True, max_steps=5)
+        >>> ProgressLines(rows=10).on_train_begin(args, state, control=None)    # 5 · 8 / 10
+        5 steps of 8 rows: 4.0 passes over 10 rows
     """
 
     def __init__(self, rows: int = 0, say=print):
@@ -145,7 +156,14 @@ class ProgressLines(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Median seconds a step, the first one left out."""
+        """Median seconds a step, the first one left out.
+
+        Example:
+            >>> lines = ProgressLines()
+            >>> lines.times = [9.0, 1.0, 3.0]
+            >>> lines.step_seconds    # midway between 1 and 3
+            2.0
+        """
         return float(np.median(self.times[1:] or self.times))
 
     def _left(self, state) -> str:

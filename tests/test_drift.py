@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.drift import drift
+from tools.drift import drift, our_files
+from tools.drift_newest import drift_with, pinned
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("notebooks/py", "helpers", "tools", "benchmarks", "tests")
-FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+FILES = our_files()
 
 # A recipe of 2023 in one call each: five of its keywords are gone from today's libraries.
 RECIPE_OF_2023 = """
@@ -58,3 +58,49 @@ def test_a_lost_name_is_caught() -> None:
         "line 2: trl has no SFTTrainerX",
         "line 3: torch has no no_such_function",
     ]
+
+
+def test_methods_of_what_a_file_makes_are_looked_up() -> None:
+    source = (
+        "import gradio as gr\nfrom trl import SFTTrainer\n"
+        "trainer = SFTTrainer(model=None)\n"
+        "trainer.train(resume=None)\n"
+        "with gr.Blocks() as page:\n    box = gr.Textbox()\n"
+        "page.launch(enable_queue=True)\n"
+        "trainer.train(resume_from_checkpoint=None)\n"
+        "def other(page):\n    pass\n"
+    )
+    assert drift(source) == ["line 4: train no longer takes ['resume']"], "page means two things"
+    assert drift(source.replace("def other(page)", "def other(it)")) == [
+        "line 4: train no longer takes ['resume']",
+        "line 7: launch no longer takes ['enable_queue']",
+    ]
+
+
+def test_keys_that_are_spread_into_a_call_are_looked_up() -> None:
+    source = (
+        "from peft import LoraConfig\n"
+        "common = {'r': 4, 'rank': 4}\n"
+        "LoraConfig(**common)\n"
+        "LoraConfig(**dict(lora_alpha=4, alpha=4))\n"
+    )
+    assert drift(source) == [
+        "line 3: LoraConfig no longer takes ['rank']",
+        "line 4: LoraConfig no longer takes ['alpha']",
+    ]
+
+
+def test_the_packages_of_a_folder_come_first(tmp_path: Path) -> None:
+    """As `make drift` puts the newest ones there: here a library that lost a keyword."""
+    newest, page = tmp_path / "newest", tmp_path / "page.py"
+    (newest / "einops").mkdir(parents=True)
+    (newest / "einops/__init__.py").write_text("def rearrange(tensor, shape):\n    pass\n")
+    page.write_text("from einops import rearrange\nrearrange(1, pattern='a')\n")
+    assert drift(page.read_text()) == []
+    assert drift_with(newest, [page]).endswith("line 2: rearrange no longer takes ['pattern']")
+    assert drift_with(tmp_path, [page]) == "1 files: every import and keyword is still there."
+
+
+def test_every_pin_but_torch_may_move() -> None:
+    assert {"transformers", "trl", "peft", "gradio", "wandb"} <= set(pinned())
+    assert "torch" not in pinned()

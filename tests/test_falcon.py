@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -72,7 +73,9 @@ def test_trap_1_without_the_mend_falcon_stays_in_16_bits(small: Path) -> None:
     )
     assert plain.is_loaded_in_4bit, "the library says that it is quantized ..."
     count = sum(isinstance(m, Linear4bit) for m in plain.modules())
-    assert count == 0, "... and it is: transformers has mended this, the context manager can go"
+    assert count == 0, (
+        "... and it is: transformers has mended this: the mend quantize_falcon_linears may go"
+    )
     with pytest.raises(AssertionError, match="no 4-bit layer at all"):
         assert_quantized(plain)
 
@@ -139,10 +142,12 @@ def test_trap_3_every_layer_has_the_repacking_turned_off(small: Path) -> None:
 def test_trap_3_without_the_mend(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(falcon, "keep_cpu_layout", lambda model: None)
     layers = [m for m in load_falcon(str(small), TINY).modules() if isinstance(m, Linear4bit)]
-    if any(layer.support_avx512bf16_for_cpu for layer in layers):  # this CPU is one that is hit
-        assert worst_cosine(*evaluate_then_train(small)) < 0.99
-    else:  # this one is not, so the flag alone is to be seen
-        assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
+    hit = {layer.support_avx512bf16_for_cpu for layer in layers}
+    assert hit == {has_avx512bf16()}, "bitsandbytes decides otherwise now: see keep_cpu_layout"
+    if hit == {True}:  # test_upstream.py looks for the cause on every CPU
+        assert worst_cosine(*evaluate_then_train(small)) < 0.99, (
+            "bitsandbytes has mended this: the mend keep_cpu_layout may go"
+        )
 
 
 LEFT, RIGHT = [[0, 0, 0, 1, 1, 1, 1], [1] * 7], [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
@@ -290,7 +295,7 @@ def test_the_library_alone_refuses_or_misreads_an_old_config(tmp_path: Path) -> 
 
     (tmp_path / "config.json").write_text(json.dumps({**OLD, "model_type": "falcon"}))
     assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers != 2, (
-        "transformers reads n_layer now"
+        "transformers reads n_layer now: the mend OLD_KEYS may go"
     )
     (tmp_path / "config.json").write_text(json.dumps({**OLD, "model_type": "RefinedWebModel"}))
     with pytest.raises(ValueError):

@@ -174,7 +174,8 @@ def test_the_setup_cell_fetches_the_repository_when_opened_alone(
     alone = tmp_path / "alone"
     alone.mkdir()
     cell = alone / "cell.py"
-    cell.write_text("del __file__\n" + series.setup_cell("you/falcon"))
+    later = "assert (root / 'requirements.txt').exists(), 'a later cell does not find its files'\n"
+    cell.write_text("del __file__\n" + series.setup_cell("you/falcon") + f"\n{later}")
     redirect = {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{in_step}.insteadOf",
@@ -186,6 +187,7 @@ def test_the_setup_cell_fetches_the_repository_when_opened_alone(
             run, cwd=alone, env=os.environ | redirect, capture_output=True, text=True
         )
         assert done.stdout == "a toy machine\n", done.stderr
+        assert done.returncode == 0, done.stderr
     assert (alone / "falcon-qlora/helpers/profiles.py").exists()
 
 

@@ -46,7 +46,9 @@ def kinds(trainer: SFTTrainer) -> set[torch.dtype]:
 
 def test_trap_2_without_the_mend_the_adapters_are_bfloat16(tmp_path) -> None:
     trainer = make_trainer(str(tmp_path))
-    assert kinds(trainer) == {torch.bfloat16}, "trl has mended this: adapters_to_fp32 can go"
+    assert kinds(trainer) == {torch.bfloat16}, (
+        "trl has mended this: the mend adapters_to_fp32 may go"
+    )
 
 
 def test_trap_2_mended_before_the_optimizer_is_built(tmp_path) -> None:

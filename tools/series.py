@@ -12,6 +12,7 @@ The twin is the source. `update` ends with `sync`; `sync` also strips stderr, wi
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ TWIN = {
 }
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 SERIES_BLOCK = re.compile(r"<!-- series -->\n.*?<!-- end -->", re.DOTALL)
+VERIFIED_BLOCK = re.compile(r"<!-- verified -->\n.*?<!-- end -->", re.DOTALL)
 
 # The same ten lines open all five notebooks. URL becomes the address in pyproject.toml.
 SETUP = """\
@@ -58,7 +60,7 @@ here = Path(globals().get("__file__", "notebook")).resolve()
 root = next((p for p in here.parents if (p / "requirements.txt").exists()), Path("falcon-qlora"))
 if not root.exists():  # the notebook alone was opened, as in Colab: fetch the rest
     subprocess.check_call(["git", "clone", "--depth=1", url, root])
-sys.path.insert(0, str(root.resolve()))
+sys.path.insert(0, str(root := root.resolve()))
 from tools.colab_setup import override, prepare
 
 print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on"""
@@ -151,6 +153,31 @@ def series_table(root: Path, repo: str) -> str:
     return "\n".join(lines)
 
 
+def verified(root: Path = ROOT) -> str:
+    """Say when Colab was last rehearsed, from what tools/colab_check.py wrote.
+
+    Args:
+        root: the repository's folder.
+
+    Returns:
+        One sentence for the README.
+
+    Example:
+        >>> verified(Path("no/such/folder"))
+        'Colab has not been rehearsed yet.'
+    """
+    found = [(json.loads(path.read_text()), path) for path in root.glob("results/*/colab.json")]
+    if not found:
+        return "Colab has not been rehearsed yet."
+    last, path = max(found, key=lambda pair: pair[0]["date"])
+    commit, _, day = last["image"].partition(", ")
+    return (
+        f"Last verified {last['date']}: {len(last['notebooks'])} notebooks, each alone in an empty "
+        f"folder,\nrehearsed outside Colab on {last['machine']}, from the package\nlist of Colab's "
+        f"image of {day} ({commit}); [{path.name}]({path.relative_to(root)})."
+    )
+
+
 def tagged(notebook: Any, tag: str) -> list[Any]:
     """List a notebook's cells that carry a tag."""
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
@@ -199,7 +226,9 @@ def updated_readme(root: Path = ROOT) -> str:
     path = root / "README.md"
     text = path.read_text() if path.exists() else ""
     table = f"<!-- series -->\n{series_table(root, repository(root))}\n<!-- end -->"
-    return fill(SERIES_BLOCK.sub(lambda _: table, text), root, "")
+    line = f"<!-- verified -->\n{verified(root)}\n<!-- end -->"
+    text = VERIFIED_BLOCK.sub(lambda _: line, SERIES_BLOCK.sub(lambda _: table, text))
+    return fill(text, root, "")
 
 
 def cell_id(source: str, taken: set[str]) -> str:

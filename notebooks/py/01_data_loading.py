@@ -25,7 +25,7 @@ here = Path(globals().get("__file__", "notebook")).resolve()
 root = next((p for p in here.parents if (p / "requirements.txt").exists()), Path("falcon-qlora"))
 if not root.exists():  # the notebook alone was opened, as in Colab: fetch the rest
     subprocess.check_call(["git", "clone", "--depth=1", url, root])
-sys.path.insert(0, str(root.resolve()))
+sys.path.insert(0, str(root := root.resolve()))
 from tools.colab_setup import override, prepare
 
 print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on
