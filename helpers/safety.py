@@ -193,7 +193,7 @@ TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[!?.,]")
 CONCEPTS = {w: row["concept"] for row in _read_table(WORDS_FILE) for w in row["words"].split()}
 PIECE = re.compile(r"(?:[^\s.!?。！？]+\s*){1,24}[.!?。！？]*")
 BUCKETS = 2**18
-AT_ONCE = 2.0  # what a plain phrase adds; it stands unless the rest of the words speak against it
+AT_ONCE = 3.0  # what a plain phrase adds; it stands unless the rest of the words speak against it
 SURER = 1.0  # how much surer the classifier must be where a denial or an idiom took a match back
 PIECEMEAL = 2.0  # and where it sees one sentence of a long message alone
 
