@@ -25,8 +25,9 @@ CASES = ROOT / "tests" / "safety_cases.tsv"
 SAMPLE = ROOT / "assets" / "sample_dialogues.jsonl"
 ORIGIN = {
     "seen": "at hand while rules and classifier were made; the classifier was trained on them",
-    "unseen": "written by somebody who saw neither rules nor training text; scored once, after "
-    "rules, training text, weights and threshold were fixed",
+    "unseen": "written by somebody who saw neither rules nor training text; scored with one screen "
+    "alone, whose rules, training text, weights and threshold were fixed before; two messages that "
+    "stood in the training text by chance were then counted as seen",
 }
 
 
