@@ -57,7 +57,7 @@ def test_one_clause_is_found_in_a_long_message() -> None:
     assert safety.lean({}, alone=False) < safety.lean({}, alone=True)
 
 
-FLOORS = {"seen": (0.98, 0.05), "unseen": (0.80, 0.13)}
+FLOORS = {"seen": (0.98, 0.05), "unseen": (0.86, 0.08)}
 
 
 @pytest.mark.parametrize("part", FLOORS)
