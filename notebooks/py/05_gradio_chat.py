@@ -339,6 +339,27 @@ with page:
 print(f"{len(page.fns)} events")
 
 # %% [markdown]
+# A call that goes around the page may hand over anything, and Gradio prints what was wrong with it,
+# the caller's words among it. We promised that nothing is logged, so we let it print the kind of an
+# error alone.
+
+# %%
+from types import SimpleNamespace
+from gradio import queueing, routes
+
+def name_error():
+    """Print the kind of the error that is being handled, and nothing of what was sent."""
+    print("a call to the page failed:", sys.exc_info()[0].__name__)
+
+queueing.traceback = routes.traceback = SimpleNamespace(print_exc=name_error)
+try:
+    chatbot.data_model.model_validate([{"role": "user", "said": "a secret"}])
+except ValueError:
+    queueing.traceback.print_exc()
+
+# %% [markdown]
+# We see one line for a message without content, and no word of the message.
+#
 # A browser would keep the answers in its cache on disk, and we promised that nothing is kept. What
 # the server sends for a chat therefore says `no-store`.
 
