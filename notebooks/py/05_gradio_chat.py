@@ -141,8 +141,8 @@ for part, found in parts.items():
         print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see more caught on the unseen messages than in cross-validation, where each cry for help has a
-# harmless twin of nearly the same words; the truth for real people may be lower than both. Neither
+# We see more caught on the unseen messages than in cross-validation, where many a cry for help has
+# a harmless twin of nearly the same words; the truth for real people may be lower than both. Neither
 # reaches the nineteen in twenty that one would want. Where does it miss?
 
 # %%
@@ -156,9 +156,9 @@ print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 # then fear for a third person, and even direct words are missed, each on few messages. The ids of
 # what was missed lead to the words in `tests/safety_cases.tsv`.
 #
-# > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from good enough
-# > for a public service, a net under a demonstration: this page must not be offered to people in
-# > need.
+# > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from
+# > good enough for a public service, a net under a demonstration: this page must not be offered to
+# > people in need.
 #
 # ## 3. What a model may say
 # The screen after the model holds every sentence back until it is read: doses or stopping a
