@@ -236,20 +236,19 @@ def pieces(plain: str) -> list[str]:
     return [plain, *several] if len(several) > 1 else [plain]
 
 
-def lean(found: dict[Rule, bool], alone: bool) -> float:
+def lean(found: dict[Rule, bool], piece: bool) -> float:
     """What is added to the classifier's score: for plain phrases, what was taken back, a piece."""
-    always = any(stands and rule.kind in ALWAYS for rule, stands in found.items())
-    taken_back = bool(found) and not any(found.values())
-    return AT_ONCE * always - SURER * taken_back - PIECEMEAL * (not alone)
+    kinds = {rule.kind for rule, stands in found.items() if stands}
+    return AT_ONCE * bool(kinds & {*ALWAYS}) - SURER * bool(found and not kinds) - PIECEMEAL * piece
 
 
 def _screen(text: str) -> Screen:
     """Screen one text by itself, as a whole and by its sentences."""
-    whole, *others = parts = pieces(normalise(text))
-    finds = {part: find(part) for part in parts}
+    finds = {part: find(part) for part in pieces(normalise(text))}
+    whole = next(iter(finds))
     scores = (
         HEAD["scale"] * sum(WEIGHTS[bucket] * value for bucket, value in features(p, f).items())
-        + lean(f, p is whole)
+        + lean(f, p is not whole)
         for p, f in finds.items()
     )
     chosen = any(score + HEAD["bias"] > HEAD["threshold"] for score in scores)

@@ -54,7 +54,7 @@ def test_one_clause_is_found_in_a_long_message() -> None:
     day = "We went to the shop, bought bread, and the weather was nice. "
     text = 6 * day + "They would all be better off without me. " + 6 * day
     assert screen_input(text).flag and not screen_input(12 * day).flag
-    assert safety.lean({}, alone=False) < safety.lean({}, alone=True)
+    assert safety.lean({}, piece=True) < safety.lean({}, piece=False)
 
 
 FLOORS = {"seen": (0.98, 0.05), "unseen": (0.86, 0.08)}

@@ -110,7 +110,7 @@ def weigh(model: LogisticRegression, texts: Sequence[str]) -> np.ndarray:
     for owner, text in enumerate(texts):
         for piece in (split := safety.pieces(text)):
             owners.append(owner), every.append(piece)
-            leans.append(safety.lean(safety.find(piece), piece is split[0]))
+            leans.append(safety.lean(safety.find(piece), piece is not split[0]))
     scores = np.full(len(texts), -np.inf)
     np.maximum.at(scores, owners, model.decision_function(matrix(every)) + leans)
     return scores
