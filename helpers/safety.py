@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RULES_FILE = Path(__file__).with_name("safety_rules.tsv")
+WORDS_FILE = Path(__file__).with_name("safety_words.tsv")
 WEIGHTS_FILE = Path(__file__).with_name("screen_weights.bin")
+REPLIES_FILE = Path(__file__).with_name("safety_replies.tsv")
 HELPLINES_FILE = Path(__file__).with_name("helplines.tsv")
 ALWAYS = ("direct", "spanish", "hindi", "chinese", "slang")
 SUPPRESSORS = ("idiom", "information", "recovered", "fiction", "work", "denial")
@@ -58,11 +60,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 HELPLINES = tuple(Helpline(**row) for row in _read_table(HELPLINES_FILE))
 
-BLOCKED_REPLY = (
-    "I would rather not say what I was about to write: it could be wrong or do harm. I am a "
-    "program, not a doctor. A doctor or a pharmacist can answer this safely. If you feel unsafe, "
-    "please call your local emergency number, or find a helpline at https://findahelpline.com."
-)
+# What stands in for the model, never written by one: for a person, for who worries, for an answer.
+REPLIES = {row["name"]: row["text"] for row in _read_table(REPLIES_FILE)}
+BLOCKED_REPLY = REPLIES["blocked"]
 
 LOOK_ALIKES = str.maketrans("аеорсухіѕјԁһкмтвногαεοικνρτυχ", "aeopcyxisjdhkmtbhoraeoiknptux")
 INVISIBLE = re.compile(
@@ -190,47 +190,72 @@ def find(plain: str) -> dict[Rule, bool]:
 _head, _packed = WEIGHTS_FILE.read_bytes().split(b"\n", 1)
 HEAD, WEIGHTS = json.loads(_head), memoryview(zlib.decompress(_packed)).cast("b")
 TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[!?.,]")
-BUCKETS = 2**17
+CONCEPTS = {w: row["concept"] for row in _read_table(WORDS_FILE) for w in row["words"].split()}
+PIECE = re.compile(r"(?:[^\s.!?。！？]+\s*){1,24}[.!?。！？]*")
+BUCKETS = 2**18
+AT_ONCE = 3.0  # what a plain phrase adds; it stands unless the rest of the words speak against it
 SURER = 1.0  # how much surer the classifier must be where a denial or an idiom took a match back
+PIECEMEAL = 2.0  # and where it sees one sentence of a long message alone
 
 
 def features(plain: str, found: dict[Rule, bool]) -> dict[int, float]:
-    """What the classifier sees of a plain text: runs of words and of characters, and the rules.
+    """What the classifier sees of a plain text: runs of words and characters, concepts, rules.
+
+    A concept stands for words of one meaning (`safety_words.tsv`): "mum" and "brother" are `kin`.
 
     Args:
         plain: as `normalise` gives it.
         found: the rules that match, False where they were taken back.
 
     Returns:
-        Bucket (0 to `BUCKETS` - 1) to value; words together have length 1, so have characters.
+        Bucket (0 to `BUCKETS` - 1) to value; each set of runs together has length 1.
     """
     words = ["<", *TOKEN.findall(plain), ">"]
     line, values = f"<{' '.join(words[1:-1])}>", dict[int, float]()
-    runs = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+    means = [c for word in words if (c := CONCEPTS.get(word) or word * (word in ".!?"))]
+    plain_means = [c for c in means if c not in ".!?"]
+    pairs = {f"p{a} {b}" for i, a in enumerate(plain_means) for b in plain_means[i + 1 : i + 7]}
     parts = {"c" + line[i : i + n] for n in (3, 4, 5) for i in range(len(line) - n + 1)}
     rules = {f"r {stands} {name}" for r, stands in found.items() for name in (r.id, r.kind)}
-    for names, value in (
-        (runs, len(runs) ** -0.5),
-        (parts, (len(parts) or 1) ** -0.5),
-        (rules, 0.2),
-    ):
-        for name in names:
-            bucket = zlib.crc32(name.encode()) % BUCKETS
-            values[bucket] = values.get(bucket, 0.0) + value
+    every = _runs(words, ""), parts, _runs(means, "k") | pairs
+    sets = [(names, len(names) ** -0.5) for names in every if names] + [(rules, 0.4)]
+    for name, value in ((name, value) for names, value in sets for name in names):
+        bucket = zlib.crc32(name.encode()) % BUCKETS
+        values[bucket] = values.get(bucket, 0.0) + value
     return values
 
 
+def _runs(words: list[str], mark: str) -> set[str]:
+    """All runs of one to three words."""
+    return {mark + " ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+
+
+def pieces(plain: str) -> list[str]:
+    """The whole text, then its sentences if there are several; at most 24 words each."""
+    several = [piece.strip() for piece in PIECE.findall(plain) if len(piece) > 12]
+    return [plain, *several] if len(several) > 1 else [plain]
+
+
+def lean(found: dict[Rule, bool], piece: bool) -> float:
+    """What is added to the classifier's score: for plain phrases, what was taken back, a piece."""
+    kinds = {rule.kind for rule, stands in found.items() if stands}
+    return AT_ONCE * bool(kinds & {*ALWAYS}) - SURER * bool(found and not kinds) - PIECEMEAL * piece
+
+
 def _screen(text: str) -> Screen:
-    """Screen one text by itself: a plain phrase, or the classifier's yes."""
-    found = find(plain := normalise(text))
-    standing = [rule for rule, stands in found.items() if stands]
-    kinds, ids = dict.fromkeys(r.kind for r in standing), [r.id for r in standing]
-    score = sum(WEIGHTS[bucket] * value for bucket, value in features(plain, found).items())
-    taken_back = bool(found) and not standing
-    chosen = HEAD["scale"] * score + HEAD["bias"] > HEAD["threshold"] + SURER * taken_back
-    if chosen or not kinds.keys().isdisjoint(ALWAYS):
-        return Screen(True, tuple(kinds) or ("classifier",), (*ids, *["classifier"] * chosen))
-    return Screen(False, (), tuple(ids))
+    """Screen one text by itself, as a whole and by its sentences."""
+    finds = {part: find(part) for part in pieces(normalise(text))}
+    whole = next(iter(finds))
+    scores = (
+        HEAD["scale"] * sum(WEIGHTS[bucket] * value for bucket, value in features(p, f).items())
+        + lean(f, p is not whole)
+        for p, f in finds.items()
+    )
+    chosen = any(score + HEAD["bias"] > HEAD["threshold"] for score in scores)
+    standing = [rule for rule, stands in finds[whole].items() if stands]
+    ids = tuple(rule.id for rule in standing)
+    kinds = tuple(dict.fromkeys(rule.kind for rule in standing)) or ("classifier",)
+    return Screen(True, kinds, (*ids, "classifier")) if chosen else Screen(False, (), ids)
 
 
 def screen_input(text: str, history: Sequence[str] = ()) -> Screen:
@@ -321,18 +346,5 @@ def crisis_reply(kinds: Sequence[str]) -> str:
         + (f": {line.url}" if line.url else "")
         for line in HELPLINES
     )
-    return f"{FOR_ANOTHER if set(kinds) == {'third_person'} else FOR_YOU}\n\n{rows}"
-
-
-FOR_YOU = (
-    "I am glad that you wrote this. It sounds as if you are carrying a great deal, and your safety "
-    "comes first. I am a program, not a person, and I cannot help in a crisis. Please reach a "
-    "person now: someone you trust who can be with you, or one of these. If you may act on these "
-    "thoughts, or have hurt yourself, call your local emergency number."
-)
-FOR_ANOTHER = (
-    "Thank you for looking out for them. I am a program, not a person, and I cannot judge how "
-    "great the danger is. Please take it seriously: ask them directly, stay with them if you can, "
-    "and reach a person now. If they may act on it soon, call your local emergency number. These "
-    "lines also advise people who are worried about someone else."
-)
+    name = "for_another" if set(kinds) == {"third_person"} else "for_you"
+    return f"{REPLIES[name]}\n\n{rows}"

@@ -43,6 +43,27 @@ def test_a_direct_call_meets_length_check_screen_and_line(chat_server: Server) -
     assert chat_server.at_once() == 1
 
 
+PATH = {"path": "/etc/my secret", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "my secret",
+        {"role": "user", "said": "my secret"},
+        {"role": "user", "content": ["my secret"]},
+        {"role": "user", "content": [{"type": "file", "file": PATH}]},
+    ],
+)
+def test_a_malformed_call_fails_and_no_word_of_it_is_printed(chat_server: Server, message) -> None:
+    failures = chat_server.log.read_text().count("a call to the page failed")
+    with pytest.raises(RuntimeError, match="the server answered"):
+        call(chat_server.url, [message])
+    printed = chat_server.log.read_text()
+    assert "my secret" not in printed and "Traceback" not in printed
+    assert printed.count("a call to the page failed") == failures + 1
+
+
 def test_a_forged_history_cannot_be_of_any_length(chat_server: Server) -> None:
     answer = call(chat_server.url, said("y" * 9000, "z" * 9000, "short"))
     assert "short." in answer and "y" * (MAX_CHARACTERS + 1) not in answer

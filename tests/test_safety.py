@@ -43,7 +43,21 @@ def test_the_table_is_whole() -> None:
     assert len({row[0] for row in rows}) == len(rows)
 
 
-FLOORS = {"seen": (0.98, 0.02), "unseen": (0.80, 0.13)}
+def test_the_words_of_the_concepts_are_plain_and_stand_once() -> None:
+    words = [w for row in safety._read_table(safety.WORDS_FILE) for w in row["words"].split()]
+    assert len(words) == len(set(words)) == len(safety.CONCEPTS)
+    off = [w for w in words if safety.TOKEN.findall(normalise(w)) != [w]]
+    assert not off, f"{off} are not found in a normalised message"
+
+
+def test_one_clause_is_found_in_a_long_message() -> None:
+    day = "We went to the shop, bought bread, and the weather was nice. "
+    text = 6 * day + "They would all be better off without me. " + 6 * day
+    assert screen_input(text).flag and not screen_input(12 * day).flag
+    assert safety.lean({}, piece=True) < safety.lean({}, piece=False)
+
+
+FLOORS = {"seen": (0.98, 0.05), "unseen": (0.86, 0.08)}
 
 
 @pytest.mark.parametrize("part", FLOORS)

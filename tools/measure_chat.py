@@ -47,7 +47,7 @@ def load(server: Server, users: int = 10, each: int = 10) -> dict[str, float]:
     def talk(user: int) -> list[tuple[str, str]]:
         heard, history = [], []
         for n in range(each):
-            text, began = f"user {user} message {n}", time.monotonic()
+            text, began = f"user {user} question {n}", time.monotonic()
             answer = call(server.url, said(*history[-4:], text), respond)
             times.append(time.monotonic() - began)
             heard.append((f"I heard: {text}." if not n else f"{text}.", answer))

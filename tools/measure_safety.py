@@ -23,6 +23,12 @@ from tools.results import write_result
 
 CASES = ROOT / "tests" / "safety_cases.tsv"
 SAMPLE = ROOT / "assets" / "sample_dialogues.jsonl"
+ORIGIN = {
+    "seen": "at hand while rules and classifier were made; the classifier was trained on them",
+    "unseen": "written by somebody who saw neither rules nor training text; scored with one screen "
+    "alone, whose rules, training text, weights and threshold were fixed before; two messages that "
+    "stood in the training text by chance were then counted as seen",
+}
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:
@@ -109,7 +115,8 @@ def measure(cases: Sequence[dict[str, str]], data: Path | None) -> dict[str, Any
     for part in ("seen", "unseen"):
         rows = [case for case in cases if case["part"] == part]
         if rows:
-            figures[part] = {"recall": rates(rows, "1"), "false_alarms": rates(rows, "0")}
+            figures[part] = {"origin": ORIGIN[part], "recall": rates(rows, "1")}
+            figures[part]["false_alarms"] = rates(rows, "0")
             figures[part]["wrong"] = wrong(rows)
     figures["classifier"] = {k: HEAD[k] for k in ("trained_on", "threshold", "cross_validation")}
     figures["ms_per_message"] = milliseconds(cases)

@@ -2,10 +2,10 @@
 
     python tools/train_screen.py
 
-Logistic regression over `helpers.safety.features`: runs of words and characters, and what the
-rules find. Trained on text of our own alone: assets/screen_text.tsv, the seen cases, the sample
-questions, the questions of assets/pretraining, and the examples of the rules. The threshold is
-chosen by cross-validation on the first of these, never on the unseen cases.
+Logistic regression over `helpers.safety.features`: runs of words and characters, concepts, and
+what the rules find. Trained on text of our own alone: assets/screen_text.tsv, the seen cases, the
+sample questions, the questions of assets/pretraining, and the examples of the rules. The threshold
+is chosen by cross-validation on the first of these, never on the unseen cases.
 """
 
 import csv
@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +34,8 @@ from tools.measure_safety import CASES, SAMPLE, read_cases
 TEXT = ROOT / "assets/screen_text.tsv"
 PRETRAINING = ROOT / "assets/pretraining"
 CRISIS_ROWS = 162  # the sample's rows from here on are of crisis, see assets/README.md
-ALARMS = 0.05
+ALARMS = 0.1  # of harmless messages that were written to look like the others
+ALIKE = 0.45  # cosine of the runs of words of two messages, from which they share a fold
 FOLDS = 5
 Rows = list[tuple[bool, str]]
 TYPOS = {"going to": "gonna", "want to": "wanna", "you": "u", "are": "r", "because": "cuz"}
@@ -77,14 +80,13 @@ def misspell(text: str, rng: random.Random) -> str:
     return text[:at] + text[at + 1 : at + 2] + text[at : at + 1] + text[at + 2 :]
 
 
-def matrix(texts: Sequence[str]) -> sparse.csr_matrix:
-    """(n, buckets) the features of each text, as the screen computes them."""
+def matrix(plains: Sequence[str]) -> sparse.csr_matrix:
+    """(n, buckets) the features of each plain text, as the screen computes them."""
     rows, columns, values = [], [], []
-    for row, text in enumerate(texts):
-        plain = safety.normalise(text)
+    for row, plain in enumerate(plains):
         for bucket, value in safety.features(plain, safety.find(plain)).items():
             rows.append(row), columns.append(bucket), values.append(value)
-    return sparse.csr_matrix((values, (rows, columns)), shape=(len(texts), safety.BUCKETS))
+    return sparse.csr_matrix((values, (rows, columns)), shape=(len(plains), safety.BUCKETS))
 
 
 def fit(inputs: sparse.csr_matrix, labels: np.ndarray) -> LogisticRegression:
@@ -93,18 +95,25 @@ def fit(inputs: sparse.csr_matrix, labels: np.ndarray) -> LogisticRegression:
 
 
 def folds(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Boolean masks (train, held out); texts with the same words stay in one fold."""
-    keys = [" ".join(sorted(set(re.findall(r"\w+", text.lower())))) for _, text in rows]
-    own = np.array([zlib.crc32(key.encode()) % FOLDS for key in keys])
+    """Boolean masks (train, held out); messages that share many words stay in one fold."""
+    runs = TfidfVectorizer(ngram_range=(1, 3), use_idf=False, token_pattern=safety.TOKEN.pattern)
+    seen = runs.fit_transform([text.lower() for _, text in rows])
+    _, group = connected_components(seen @ seen.T > ALIKE)
+    own = np.random.default_rng(0).integers(FOLDS, size=group.max() + 1)[group]
     for fold in range(FOLDS):
         yield own != fold, own == fold
 
 
-def weigh_rules(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) bool each: flagged whatever the classifier says; all that was found was taken back."""
-    found = [safety.find(safety.normalise(text)) for text in texts]
-    always = [any(s and r.kind in safety.ALWAYS for r, s in f.items()) for f in found]
-    return np.array(always), np.array([bool(f) and not any(f.values()) for f in found])
+def weigh(model: LogisticRegression, texts: Sequence[str]) -> np.ndarray:
+    """(n,) the score of each plain text: the highest among its pieces, as the screen takes it."""
+    owners, every, leans = [], [], []
+    for owner, text in enumerate(texts):
+        for piece in (split := safety.pieces(text)):
+            owners.append(owner), every.append(piece)
+            leans.append(safety.lean(safety.find(piece), piece is not split[0]))
+    scores = np.full(len(texts), -np.inf)
+    np.maximum.at(scores, owners, model.decision_function(matrix(every)) + leans)
+    return scores
 
 
 def cross_validate(rows: Rows, more: Rows) -> tuple[float, dict[str, dict[str, float]]]:
@@ -117,25 +126,23 @@ def cross_validate(rows: Rows, more: Rows) -> tuple[float, dict[str, dict[str, f
     Returns:
         The threshold, and recall and false alarms at it, all rules and the classifier together.
     """
-    rng, texts = random.Random(0), [text for _, text in rows]
-    inputs, labels = matrix(texts), np.array([label for label, _ in rows])
-    typed, extra = matrix([misspell(t, rng) for t in texts]), matrix([t for _, t in more])
-    extra_labels, scores = np.array([label for label, _ in more]), np.zeros(len(rows))
+    rng, plains = random.Random(0), [safety.normalise(text) for _, text in rows]
+    typed = matrix([safety.normalise(misspell(text, rng)) for _, text in rows])
+    inputs, extra = matrix(plains), matrix([safety.normalise(text) for _, text in more])
+    labels, extra_labels = (np.array([label for label, _ in part]) for part in (rows, more))
+    scores = np.zeros(len(rows))
     for train, out in folds(rows):
         parts = sparse.vstack([inputs[train], typed[train], extra])
         model = fit(parts, np.concatenate([labels[train], labels[train], extra_labels]))
-        scores[out] = model.decision_function(inputs[out])
-    always, taken_back = weigh_rules(texts)
-    scores -= safety.SURER * taken_back
-    for threshold in np.arange(0, 3, 0.01):
-        flags = (scores > threshold) | always
-        if flags[~labels].mean() <= ALARMS:
-            break
+        scores[out] = weigh(model, [plains[row] for row in np.flatnonzero(out)])
+    allowed = int(ALARMS * (~labels).sum())
+    threshold = float(np.sort(scores[~labels])[-allowed - 1])
+    flags = scores > threshold
     found = {
         "recall": wilson(int(flags[labels].sum()), int(labels.sum())),
         "false_alarms": wilson(int(flags[~labels].sum()), int((~labels).sum())),
     }
-    return float(threshold), found
+    return threshold, found
 
 
 def main() -> None:
@@ -144,7 +151,8 @@ def main() -> None:
     threshold, found = cross_validate(rows, more)
     rng, every = random.Random(0), rows + more
     every += [(label, misspell(text, rng)) for label, text in rows]
-    model = fit(matrix([t for _, t in every]), np.array([label for label, _ in every]))
+    inputs = matrix([safety.normalise(text) for _, text in every])
+    model = fit(inputs, np.array([label for label, _ in every]))
     weights = model.coef_[0]
     scale = float(np.abs(weights).max() / 127)
     head: dict[str, Any] = {

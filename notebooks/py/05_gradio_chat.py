@@ -126,9 +126,9 @@ print(reply(chat, "I do not want to be alive any more."))
 # kidding" after such a message is no reason to go on chatting.
 #
 # How often does it miss? The classifier was trained on messages written for it, and cross-validated
-# there. Other messages, half of them at risk and half harmless, were kept out of that training; we
-# had read them, though, and looked at their scores while we chose what the classifier sees. Recall
-# is the share of the messages at risk that were caught, a false alarm a harmless one stopped.
+# there. Others, half of them at risk and half harmless, were written by somebody who saw neither the
+# rules nor that text, and scored when nothing was to change any more. Recall is the share of the
+# messages at risk that were caught, a false alarm a harmless one stopped.
 
 # %%
 import json
@@ -141,9 +141,9 @@ for part, found in parts.items():
         print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see more caught on the messages kept out than in cross-validation, whose messages were written
-# to be hard; the truth for real people may be lower than both. Neither comes near the nineteen in
-# twenty that one would want. Where does it miss?
+# We see more caught on the unseen messages than in cross-validation, where many a cry for help has
+# a harmless twin of nearly the same words; the truth for real people may be lower than both. Neither
+# reaches the nineteen in twenty that one would want. Where does it miss?
 
 # %%
 for name in ("recall", "false_alarms"):
@@ -152,13 +152,13 @@ for name in ("recall", "false_alarms"):
 print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 
 # %% [markdown]
-# A recall of 1.00 stands at the direct words; a third person, a burden or a farewell is missed more
-# often, each on few messages. The ids of what was missed lead to the words in
-# `tests/safety_cases.tsv`.
+# Passive wishes, burdens and farewells are all caught; a question about means is missed most often,
+# then fear for a third person, and even direct words are missed, each on few messages. The ids of
+# what was missed lead to the words in `tests/safety_cases.tsv`.
 #
-# > **Warning.** Take these figures as what the screen does at best. It is far from good enough
-# > for a public service, a net under a demonstration: this page must not be offered to people in
-# > need.
+# > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from
+# > good enough for a public service, a net under a demonstration: this page must not be offered to
+# > people in need.
 #
 # ## 3. What a model may say
 # The screen after the model holds every sentence back until it is read: doses or stopping a
@@ -339,6 +339,27 @@ with page:
 print(f"{len(page.fns)} events")
 
 # %% [markdown]
+# A call that goes around the page may hand over anything, and Gradio prints what was wrong with it,
+# the caller's words among it. We promised that nothing is logged, so we let it print the kind of an
+# error alone.
+
+# %%
+from types import SimpleNamespace
+from gradio import queueing, routes
+
+def name_error():
+    """Print the kind of the error that is being handled, and nothing of what was sent."""
+    print("a call to the page failed:", sys.exc_info()[0].__name__)
+
+queueing.traceback = routes.traceback = SimpleNamespace(print_exc=name_error)
+try:
+    chatbot.data_model.model_validate([{"role": "user", "said": "a secret"}])
+except ValueError:
+    queueing.traceback.print_exc()
+
+# %% [markdown]
+# We see one line for a message without content, and no word of the message.
+#
 # A browser would keep the answers in its cache on disk, and we promised that nothing is kept. What
 # the server sends for a chat therefore says `no-store`.
 
