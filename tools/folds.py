@@ -1,9 +1,9 @@
-"""What only the cross-validation needs: folds, losses of passages, ranks, membership, copying."""
+"""What only the cross-validation needs: folds, ranks, membership, likeness, a shared prompt."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.dialogues import normalise_question
 from helpers.evaluation import WORD, Estimate, group_means, mean_interval, token_losses, wilson
@@ -29,29 +29,56 @@ def fold_assignment(questions: Sequence[str], folds: int, seed: int = 0) -> np.n
         >>> bool(folds[0] == folds[2]), sorted(np.bincount(folds).tolist())
         (True, [2, 3])
     """
-    which = np.unique([normalise_question(q) for q in questions], return_inverse=True)[1]
-    copies = np.bincount(which)
+    from sklearn.model_selection import GroupKFold
+
+    groups = np.unique([normalise_question(q) for q in questions], return_inverse=True)[1]
+    copies = np.bincount(groups)
     if not 2 <= folds <= len(copies):
-        have = f"{len(copies)} different questions in {len(which)} rows make no {folds} folds"
-        raise ValueError(f"{have}: set FOLDS from 2 to {len(copies)}, or add rows")
-    if copies.max() > 1 and 2 * copies.max() >= len(which):
-        share = f"{copies.max()} of {len(which)} rows ask {questions[copies[which].argmax()]!r}"
+        have = f"{len(copies)} different questions in {len(groups)} rows make no {folds} folds"
+        raise ValueError(f"{have}: set --folds from 2 to {len(copies)}, or add rows")
+    if copies.max() > 1 and 2 * copies.max() >= len(groups):
+        share = f"{copies.max()} of {len(groups)} rows ask {questions[copies[groups].argmax()]!r}"
         raise ValueError(f"{share}, so one fold would hold half of everything: drop its copies")
-    shuffled = np.random.default_rng(seed).permutation(len(copies))
-    fold_of, sizes = np.zeros_like(copies), np.zeros(folds, dtype=int)
-    for group in shuffled[np.argsort(-copies[shuffled], kind="stable")]:  # the largest first
-        fold_of[group] = sizes.argmin()
-        sizes[fold_of[group]] += copies[group]
-    return fold_of[which]
+    fold_of = np.zeros(len(groups), dtype=int)
+    deal = GroupKFold(folds, shuffle=True, random_state=seed).split(groups, groups=groups)
+    for fold, (_, held_out) in enumerate(deal):
+        fold_of[held_out] = fold
+    return fold_of
+
+
+class PromptOnce:
+    """A causal model that reads the tokens with which all rows of a batch begin only once.
+
+    For long prompts with many answers to score: give it to `answer_losses` in place of the model.
+    The losses are the same.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, input_ids, attention_mask, logits_to_keep, use_cache=False) -> Any:
+        """Logits where `logits_to_keep`, (n, length) bool, is True; padding on the right."""
+        same = (input_ids == input_ids[:1]).all(0) & ~logits_to_keep.any(0)
+        n = int(same.long().cumprod(0).sum())
+        if n == 0:
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask,
+                logits_to_keep=logits_to_keep, use_cache=use_cache,
+            )  # fmt: skip
+        read = self.model(input_ids=input_ids[:1, :n], use_cache=True).past_key_values
+        read.batch_repeat_interleave(len(input_ids))
+        return self.model(
+            input_ids=input_ids[:, n:], attention_mask=attention_mask, past_key_values=read,
+            logits_to_keep=logits_to_keep[:, n:], use_cache=True,
+        )  # fmt: skip
 
 
 def passage_losses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int = 8,
-    max_length: int = 1024,
-) -> tuple[np.ndarray, np.ndarray]:
+    model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 8, max_length: int = 1024
+) -> np.ndarray:
     """Mean next-token loss of plain passages, to see what fine-tuning forgot.
 
     Args:
@@ -59,13 +86,13 @@ def passage_losses(
         texts: (n,) passages; the first token of each is given, all others are scored.
 
     Returns:
-        losses: (n,) float64, nats a token; tokens: (n,) int, tokens scored.
+        (n,) float64, nats a token.
 
     Raises:
         ValueError: if there are no passages, or one has fewer than two tokens.
     """
     encoded = [(tokenizer(text).input_ids, 1) for text in texts]
-    return token_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)
+    return token_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)[0]
 
 
 def truth_ranks(losses: np.ndarray) -> np.ndarray:
@@ -90,20 +117,18 @@ def truth_ranks(losses: np.ndarray) -> np.ndarray:
     return (x <= x[:, :1]).sum(axis=1)
 
 
-def rank_figures(
-    ranks: Sequence[int], groups: Sequence[Hashable] | None = None
-) -> dict[str, Estimate]:
+def rank_figures(ranks: Sequence[int], groups: Sequence[Hashable]) -> dict[str, Estimate]:
     """How often the truth came first, and its mean reciprocal rank.
 
     Args:
         ranks: (n,) as from `truth_ranks`.
-        groups: (n,) the question of each; None if each stands alone.
+        groups: (n,) the question of each.
 
     Returns:
         rank_accuracy: share of ranks that are 1; rank_mrr: mean of 1 / rank.
 
     Example:
-        >>> found = rank_figures([1, 2])
+        >>> found = rank_figures([1, 2], "ab")
         >>> found["rank_accuracy"]["value"], found["rank_mrr"]["value"]
         (0.5, 0.75)
     """
@@ -137,33 +162,16 @@ def membership_auc(in_losses: Sequence[float], out_losses: Sequence[float]) -> E
         >>> membership_auc([1.0, 3.0], [2.0, 4.0])["value"]    # 1 < 2, 1 < 4, 3 < 4: 3 of 4 pairs
         0.75
     """
+    from sklearn.metrics import roc_auc_score
+
     a, b = np.asarray(in_losses, dtype=float), np.asarray(out_losses, dtype=float)
-    if not a.size or not b.size or not np.isfinite(np.concatenate([a, b])).all():
+    if not a.size or not b.size or not np.isfinite(both := np.concatenate([a, b])).all():
         raise ValueError("a side is empty or a loss is not finite: give one loss for each row")
-    auc = float((a[:, None] < b).mean() + (a[:, None] == b).mean() / 2)
+    auc = float(roc_auc_score(np.arange(both.size) >= a.size, both))
     area, cells = np.linspace(0, 1, 100_001), a.size * b.size
     spread = 1 + ((a.size + b.size) / 2 - 1) * ((1 - area) / (2 - area) + area / (1 + area))
     inside = area[(auc - area) ** 2 <= 1.96**2 * area * (1 - area) * spread / cells]
     return Estimate(value=auc, low=float(inside[0]), high=float(inside[-1]), n=a.size + b.size)
-
-
-def shared_prefix(written: str, true: str) -> int:
-    """How many words of a continuation are the true ones, up to the first that is not.
-
-    Args:
-        written: what a model wrote after the first part of a known answer.
-        true: what really follows there; case and punctuation do not count.
-
-    Returns:
-        0 to the number of words of the shorter text.
-
-    Example:
-        >>> shared_prefix("Rest well, and sleep.", "rest well and walk a lot")
-        3
-    """
-    pairs = zip(WORD.findall(written.lower()), WORD.findall(true.lower()), strict=False)
-    differ = [one != two for one, two in pairs]
-    return differ.index(True) if True in differ else len(differ)
 
 
 def likenesses(answers: Sequence[str], truths: Sequence[str], known: Sequence[str]) -> np.ndarray:
@@ -191,7 +199,7 @@ def likenesses(answers: Sequence[str], truths: Sequence[str], known: Sequence[st
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(WORD.search(text) for text in known):
-        raise ValueError("the training answers hold no word: check DATASET")
+        raise ValueError("the training answers hold no word: check --data")
     vectorizer = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit(list(known))
     one, two = vectorizer.transform(list(answers)), vectorizer.transform(list(truths))
     return (one @ two.T).toarray()
