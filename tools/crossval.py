@@ -105,7 +105,7 @@ class Setup:
         """Changes with the rows, the model's files and the settings."""
         profile = replace(self.profile, dataset="", adapter="", model="")
         digest = hashlib.sha256(repr(replace(self, data="", name="", profile=profile)).encode())
-        digest.update(json.dumps([self.rows["question"], self.rows["answer"]]).encode())
+        digest.update(json.dumps(self.rows.to_dict()).encode())
         files = sorted(Path(self.profile.model).glob("*.safetensors")) or [self.profile.model]
         for path in files:
             digest.update(path.read_bytes() if isinstance(path, Path) else path.encode())
@@ -267,8 +267,8 @@ def run_fold(setup: Setup, fold: int) -> dict[str, Any]:
     if fold == 0:
         trained.model.save_pretrained(setup.folder / "adapter")
     adapter = opened(setup, fold, learned, trained)
-    answers = rows["answer"][len(rows) // 2 :] + rows["answer"][: len(rows) // 2]
-    wrong = datasets.Dataset.from_dict({"question": rows["question"], "answer": answers})
+    answers = np.roll(rows["answer"], len(rows) // 2).tolist()
+    wrong = datasets.Dataset.from_dict({"question": list(rows["question"]), "answer": answers})
     stop = Watch(stop_at=max(1, trained.steps))
     trained = train(wrong, setup.profile, None, setup.seed, stop)
     shuffled = opened(setup, fold, learned, trained)
