@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,22 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+from trl import SFTConfig
 
+from helpers.checkpoints import find_adapter
 from helpers.dialogues import load_dialogues, normalise_question
-from helpers.evaluation import mean_interval, paired_difference, wilson
+from helpers.evaluation import answer_losses, mean_interval, paired_difference, wilson
+from helpers.falcon import LINEARS
 from helpers.generation import generate_texts, sampling
 from helpers.profiles import TINY
 from helpers.prompts import HUMAN, format_prompt
 from tools import crossval, crossval_figures, judge, recipe
-from tools.crossval_figures import BETTER, memory, merge, shown, verdict
+from tools.crossval_figures import BETTER, memory, memory_sentence, merge, shown, verdict
+from tools.folds import PromptOnce
 from tools.make_tiny_falcon import held_out_ngrams, ngrams, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +37,7 @@ def setup(tmp_path: Path, n: int = 60, folds: int = 5) -> crossval.Setup:
     lines = [{"question": f"question {i}?", "answer": f"answer number {i} is so"} for i in range(n)]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    return crossval.Setup(str(path), "toy", TINY, folds, 2, 0, 3, 4)
+    return crossval.Setup(str(path), "toy", TINY, folds)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -82,33 +88,31 @@ def test_the_unseen_passages_are_unseen() -> None:
 # --- the recipe -----------------------------------------------------------------------------------
 
 
-def page_keywords(name: str) -> dict[str, ast.expr]:
-    """The keywords of the call that page 03 assigns to a name."""
-    for node in ast.parse(TWIN.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return {k.arg: k.value for k in node.value.keywords}
-    raise AssertionError(f"page 03 sets no {name}")
+def page_keywords(call: str) -> dict[str, str]:
+    """Keywords of a call on page 03, as they are written there."""
+    for node in ast.walk(ast.parse(TWIN.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == call:
+            return {k.arg: ast.unparse(k.value) for k in node.keywords}
+    raise AssertionError(f"page 03 calls no {call}")
 
 
-def test_the_recipe_is_page_03s(tmp_path: Path) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(model_type="falcon"))
-    page = recipe.Page("03_qlora_finetuning", profile=TINY, model=model, OUTPUT=str(tmp_path))
-    lora, args = page["lora"], page.call("args", report_to="none", max_steps=7)
-    assert (lora.r, lora.lora_alpha, args.max_steps) == (32, 32, 7)
-    for name, found in (("lora", lora), ("args", args)):
-        literal = {k: v.value for k, v in page_keywords(name).items() if type(v) is ast.Constant}
-        assert len(literal) > 2
-        for key, value in literal.items():
-            assert getattr(found, key) == value, key
-    assert args.learning_rate == TINY.learning_rate and args.optim == TINY.optim
-    assert page.call("lora", r=16, bias="lora_only").bias == "lora_only"
-
-
-def test_a_page_that_no_longer_has_the_cell_is_named() -> None:
-    with pytest.raises(ValueError, match="no longer sets nothing = ...[(]...[)]"):
-        recipe.Page("03_qlora_finetuning").call("nothing")
-    with pytest.raises(KeyError, match="nothing"):
-        recipe.Page("03_qlora_finetuning")["nothing"]
+def test_the_recipe_is_page_03s() -> None:
+    names = {"profile": TINY, "SEED": 3, "OUTPUT": "out", "torch": torch, "rank": 32, "alpha": 32}
+    names |= {"linears": list(LINEARS), "is_falcon": True}
+    ours = {"SFTConfig": recipe.settings(TINY, True, 3, "out")}
+    ours["LoraConfig"] = recipe.lora_config().to_dict()
+    not_ours = {"report_to", "run_name", "ddp_find_unused_parameters"}
+    not_ours |= {"restore_callback_states_from_checkpoint"}
+    assert re.search(r"rank, alpha = .*, 32, 32$", TWIN.read_text(), re.MULTILINE)
+    for call, found in ours.items():
+        written = page_keywords(call)
+        assert len(written) > 5
+        for key in written.keys() - not_ours:
+            expected, value = eval(written[key], dict(names)), found[key]
+            assert sorted(value) == sorted(expected) if key == "target_modules" else (
+                value == expected), f"{call}({key}=)"  # fmt: skip
+    assert set(ours["SFTConfig"]) <= page_keywords("SFTConfig").keys(), "a value of our own"
+    assert SFTConfig(**recipe.settings(TINY, False, 0, "out")).save_strategy == "no"
 
 
 # --- a whole run, small ---------------------------------------------------------------------------
@@ -122,24 +126,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[crossval.Set
     path = folder / "rows.jsonl"
     rows.select(range(12)).to_json(path)
     patch = pytest.MonkeyPatch()
-    patch.setattr(crossval, "LIMIT", 12)
-    patch.setattr(crossval, "LONG_LOOKS", (1, 2))
-    patch.setattr(crossval, "PASSES", 2)
-    patch.setattr(crossval, "ROOT", folder)
-    (folder / "assets").mkdir()
-    name = "assets/unseen_passages.jsonl.xz"
-    (folder / name).write_bytes((ROOT / name).read_bytes())
-    profile = replace(TINY, max_steps=2, eval_steps=1, batch_size=4)
-    made = crossval.Setup(str(path), "toy", profile, 2, 2, 0, 3, 2)
-    every = (*crossval.SYSTEMS, "long", *crossval.CLAIMS, "decoding")
-    crossval.run_all(made, crossval.jobs(made, range(2), every), 1, 1)
-    yield made, crossval.read_parts(made)[0]
+    patch.setattr(crossval, "LOOKS", (1, 2))
+    patch.setattr(crossval.Setup, "folder", property(lambda self: folder / self.name))
+    profile = replace(TINY, max_steps=3, eval_steps=1, batch_size=4)
+    made = crossval.Setup(str(path), "sample", profile, 2, 2, 12, 3, 2)
+    lines: list[str] = []
+    crossval.make_parts(made, made.parts, lambda line, **_: lines.append(line))
+    assert lines[0].startswith("sample: 9 of 9 parts to make, about ")
+    assert len(lines) == 10 and lines[-1].endswith("about 0 min left")
+    yield made, {name: made.read(name) for name in made.parts}
     patch.undo()
 
 
-def test_a_run_leaves_every_figure_with_its_n(run, monkeypatch) -> None:
+def merged(run: tuple[crossval.Setup, dict]) -> dict:
     made, parts = run
-    figures = json.loads(json.dumps(merge(made.rows, parts, 2, 12)))
+    return json.loads(json.dumps(merge(made.rows, parts, made.n_folds, made.limit)))
+
+
+def test_a_run_leaves_every_figure_with_its_n(run) -> None:
+    made, _ = run
+    figures = merged(run)
     assert list(figures["systems"]) == list(crossval_figures.NAMES)
     for system, found in figures["systems"].items():
         for name, estimate in found.items():
@@ -151,66 +157,102 @@ def test_a_run_leaves_every_figure_with_its_n(run, monkeypatch) -> None:
     assert [look["step"] for look in figures["memory"]["long"]["curve"]] == [0, 1, 2]
     as_text = json.dumps(figures)
     assert not any(answer in as_text for answer in made.rows["answer"]), "figures only, no text"
-    for say in ("systems_tables", "verdict", "claims_table", "decoding_table", "memory_lines"):
+    for say in ("systems_tables", "verdict", "claims_table", "decoding_table", "memory_table"):
         assert getattr(crossval_figures, say)(figures).count("\n") > 2
-        assert getattr(crossval_figures, say)(None) == "not measured yet"
+        assert getattr(crossval_figures, say)(None).startswith("not measured yet")
 
 
 def test_merged_losses_and_ranks_are_those_of_the_parts(run) -> None:
     made, parts = run
-    figures = merge(made.rows, parts, 2, 12)
-    tables = [np.array(parts[f"fold{k}.adapter"]["losses"]) for k in range(2)]
+    figures = merged(run)
+    folds = [parts[f"fold{k}"] for k in range(2)]
+    tables = [np.array(fold["adapter"]["losses"]) for fold in folds]
     truths = np.concatenate([table[:, 0] for table in tables])
     adapter = figures["systems"]["adapter"]
     assert adapter["answer_loss"]["value"] == pytest.approx(truths.mean())
     ranks = np.concatenate([stats.rankdata(t, "max", axis=1)[:, 0] for t in tables])
     assert adapter["rank_mrr"]["value"] == pytest.approx((1 / ranks).mean())
     assert adapter["rank_accuracy"] == wilson(int((ranks == 1).sum()), 12)
-    other = [row[0] for k in range(2) for row in parts[f"fold{k}.base"]["losses"]]
-    rows = [row for k in range(2) for row in parts[f"fold{k}.base"]["rows"]]
+    other = [row[0] for fold in folds for row in fold["base"]["losses"]]
+    rows = [row for fold in folds for row in fold["base"]["rows"]]
     keyed = [normalise_question(made.rows["question"][row]) for row in rows]
     expected = paired_difference(truths, other, keyed)
     assert figures["differences"]["base"]["answer_loss"] == pytest.approx(expected)
     by_draw = [
-        (normalise_question(made.rows["question"][part["rows"][k % 6]]), value)
-        for part in (parts["fold0.shuffled"], parts["fold1.shuffled"])
-        for k, value in enumerate(part["likeness"])
+        (fold["shuffled"]["rows"][k % 6], value)
+        for fold in folds
+        for k, value in enumerate(fold["shuffled"]["likeness"])
     ]
     table = pd.DataFrame(by_draw).groupby(0)[1].mean()
     found = figures["systems"]["shuffled"]["likeness"]
     assert found["value"] == pytest.approx(table.mean()) and found["n"] == len(table) == 12
 
 
-def test_a_part_is_not_made_twice_unless_something_changed(run) -> None:
+def test_a_part_is_made_again_only_if_something_changed(run, monkeypatch) -> None:
     made, parts = run
-    made_again = made.part("fold0.base", lambda: pytest.fail("made twice"))
-    assert made_again == parts["fold0.base"]
-    other = replace(made, seed=1)
-    assert other.stamp != made.stamp
-    assert crossval.read_parts(other)[1] == [
-        name for job in crossval.jobs(made, range(2), (*crossval.SYSTEMS, "long",
-        *crossval.CLAIMS, "decoding")) for name in job
-    ]  # fmt: skip
+    monkeypatch.setattr(crossval, "runner", lambda *_: pytest.fail("made twice"))
+    crossval.make_parts(made, made.parts, lambda *_, **__: None)
+    for other in (replace(made, seed=1), replace(made, data=TINY.dataset), replace(made, draws=1)):
+        assert other.stamp != made.stamp and other.read("fold0") is None
+    (made.folder / "fold1.json").rename(made.folder / "away")
+    with pytest.raises(pytest.fail.Exception, match="made twice"):
+        crossval.make_parts(made, made.parts, lambda *_, **__: None)
+    (made.folder / "away").rename(made.folder / "fold1.json")
+
+
+def test_figures_are_written_when_all_parts_are_there_beside_those_of_others(
+    run, tmp_path, capsys
+) -> None:
+    made, _ = run
+    out = tmp_path / "crossval.json"
+    out.write_text(json.dumps({"real": {"rows": 172}}))
+    (made.folder / "long.json").rename(made.folder / "away")
+    assert not crossval.publish(made, out) and "1 parts are missing: long" in capsys.readouterr()[0]
+    assert "sample" not in json.loads(out.read_text())
+    (made.folder / "away").rename(made.folder / "long.json")
+    assert crossval.publish(made, out)
+    found = json.loads(out.read_text())
+    assert found["real"] == {"rows": 172} and found["sample"]["rows"] == 12
+    assert {"command", "date", "commit", "machine"} <= found.keys()
 
 
 def test_the_step_kept_was_chosen_on_the_inner_part(run) -> None:
-    _, parts = run
+    made, parts = run
     for k in range(2):
-        part = parts[f"fold{k}.adapter"]
+        part = parts[f"fold{k}"]["adapter"]
         assert part["steps"] == min(part["held_out"], key=lambda look: look[1])[0]
-        assert parts[f"fold{k}.shuffled"]["steps"] == max(1, part["steps"])
-        assert not set(part["learned"]) & set(part["rows"])
-    long = parts["long"]
-    assert len(long["learned"]) == 6 and long["steps"] == 2
+        assert parts[f"fold{k}"]["shuffled"]["steps"] == max(1, part["steps"])
+        assert part["rows"] == made.split(k)[2] and part["learned"] == made.split(k)[0]
+    assert parts["long"]["steps"] == 2 and parts["long"]["learned"] == made.split(0)[0][:11]
 
 
 def test_bias_lora_only_trains_as_many_numbers_as_none(run) -> None:
     _, parts = run
     n = {name: parts[name]["trainable"] for name in ("rank_16", "rank_64", "bias_lora_only")}
-    assert n["bias_lora_only"] == parts["fold0.adapter"]["trainable"] == 2 * n["rank_16"]
+    first = parts["fold0"]["adapter"]
+    assert n["bias_lora_only"] == first["trainable"] == 2 * n["rank_16"]
     assert n["rank_64"] == 4 * n["rank_16"]
-    assert parts["bias_lora_only"]["losses"] == parts["fold0.adapter"]["losses"]
-    assert parts["constant_rate"]["losses"] != parts["fold0.adapter"]["losses"]
+    assert parts["bias_lora_only"]["losses"] == first["losses"] != parts["constant_rate"]["losses"]
+
+
+def test_a_prompt_read_once_gives_the_same_losses() -> None:
+    model, tokenizer = crossval.load_base(TINY)
+    rows = load_dialogues(TINY.dataset)[0].select(range(5))
+    history = [(rows[0]["question"], rows[0]["answer"])]
+    pairs = [{"question": "Why?", "answer": r["answer"], "history": history} for r in rows]
+    forwards = []
+    seen = model.register_forward_pre_hook(
+        lambda _, args, kwargs: forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    whole = answer_losses(model, tokenizer, pairs)[0]
+    once = answer_losses(PromptOnce(model), tokenizer, pairs)[0]
+    seen.remove()
+    assert once == pytest.approx(whole, abs=1e-4)
+    assert sum(forwards[1:]) < 0.7 * forwards[0], "the prompt was read five times"
+    mixed = [{"question": q, "answer": "so"} for q in ("Why?", "how")]
+    assert answer_losses(PromptOnce(model), tokenizer, mixed)[0] == pytest.approx(
+        answer_losses(model, tokenizer, mixed)[0], abs=1e-4
+    )
 
 
 def test_a_cut_answer_is_what_a_stop_string_leaves() -> None:
@@ -243,12 +285,13 @@ def test_memory_takes_each_row_once_from_an_adapter_that_was_trained_on_it() -> 
         learned = [i for i in range(30) if fold_of[i] != fold and i % 7 != fold]
         outer = [i for i in range(30) if fold_of[i] == fold]
         parts.append({
-            "rows": outer, "learned": learned,
+            "rows": outer, "learned": learned, "steps": 1, "copied": [fold] * 10,
             "losses": [[1000 * fold + i, 0.0] for i in outer],
             "in_losses": [1000 * fold + i + 0.5 for i in learned],
             "continued_in": rng.integers(0, 20, 10).tolist(), "continued_out": [0] * 10,
+            "passages": [1.0 + fold, 2.0],
         })  # fmt: skip
-    found = memory(parts, dict.fromkeys(range(30), 0.0))
+    found = memory(parts, [1.0, 3.0])
     inside = []
     for i in range(30):
         later = [(fold_of[i] + k) % 3 for k in (1, 2)]
@@ -257,9 +300,13 @@ def test_memory_takes_each_row_once_from_an_adapter_that_was_trained_on_it() -> 
     assert found["in_loss"]["value"] == pytest.approx(np.mean(inside))
     area = roc_auc_score([0] * len(inside) + [1] * 30, inside + outside)
     assert found["membership_auc"]["value"] == pytest.approx(area)
-    recited = sum(w >= 10 for part in parts for w in part["continued_in"])
-    assert found["continued_in_recited"] == wilson(recited, 30)
-    assert found["continued_out_words"] == mean_interval([0] * 30)
+    assert found["membership_auc"]["n"] == len(inside) + 30
+    assert found["continued_out"] == mean_interval([0] * 30)
+    assert found["forgotten"]["value"] == pytest.approx(((2.0 - 1.0) + (2.0 - 3.0)) / 2)
+    alone = memory(parts[:1], [1.0, 3.0])
+    assert alone["in_loss"]["value"] == pytest.approx(np.mean(parts[0]["in_losses"]))
+    gap = found["out_loss"]["value"] - found["in_loss"]["value"]
+    assert f"{gap:.2f} nats" in memory_sentence({"memory": {"adapter": found, "long": alone}})
 
 
 def test_the_verdict_says_whatever_came_out() -> None:
@@ -269,12 +316,16 @@ def test_the_verdict_says_whatever_came_out() -> None:
     found = dict.fromkeys(BETTER, difference(0.5, 0.4))
     found["answer_loss"], found["likeness"] = difference(-2.0, 0.01), difference(-2.0, 0.01)
     said = verdict({"differences": {"nearest": found}})
-    assert said.startswith("nearest answer: better at the loss of true answers; worse at likeness")
+    assert "nearest answer: better at the loss of true answers; worse at likeness" in said
     assert "no difference shown in ranking" in said
     found["answer_loss"] = difference(2.0, 0.01)
     assert "better" not in verdict({"differences": {"nearest": found}})
     found["answer_loss"] = difference(-2.0, 0.06)  # p and interval must agree
     assert "better" not in verdict({"differences": {"nearest": found}})
+    nothing = {"base_stop": found, "nearest": found}
+    assert verdict({"differences": nothing}).endswith("nearest answer, at: nothing.")
+    found["likeness"] = difference(2.0, 0.01)
+    assert verdict({"differences": nothing}).endswith("at: likeness to the true answer.")
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -338,7 +389,7 @@ def test_the_forms_buttons_do_what_step_does() -> None:
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
-        (["a", "b", "c"], "3 different questions in 3 rows make no 10 folds: set FOLDS"),
+        (["a", "b", "c"], "3 different questions in 3 rows make no 10 folds: set --folds"),
         (["same"] * 20 + [f"q{i}" for i in range(20)], "20 of 40 rows ask 'same', so one fold"),
     ],
 )
@@ -346,19 +397,32 @@ def test_rows_that_make_no_folds_end_in_one_sentence(tmp_path, questions, messag
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"question": q, "answer": "so"}) for q in questions))
     with pytest.raises(SystemExit, match=message):
-        crossval.main(["--dataset", str(path), "--name", "bad"])
+        crossval.main(["--data", str(path), "--name", "bad"])
 
 
 def test_empty_answers_and_folds_that_are_not_there_end_in_one_sentence(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"q{i}", "answer": " "}) for i in range(9)))
     with pytest.raises(SystemExit, match="no row is left of 9 .dropped: .'without an answer': 9"):
-        crossval.main(["--dataset", str(path)])
-    with pytest.raises(SystemExit, match="fold 10 is none of 0 to 9: check --folds"):
-        crossval.main(["--folds", "10"])
+        crossval.main(["--data", str(path)])
+    with pytest.raises(SystemExit, match="there is no part fold10: take from fold0 fold1"):
+        crossval.main(["--parts", "fold10"])
     with pytest.raises(SystemExit, match="no file .*: check DATASET"):
-        crossval.main(["--dataset", str(tmp_path / "none.jsonl")])
+        crossval.main(["--data", str(tmp_path / "none.jsonl")])
     with pytest.raises(ValueError, match="an answer to 'Why[?]' is empty: leave that question out"):
         judge.blind_pairs(["Why?"], [said(" ")], [said("So.")])
     with pytest.raises(ValueError, match="0 questions with 0 and 0 answers make no pairs"):
         judge.blind_pairs([], [], [])
+
+
+def test_an_adapter_of_another_base_is_named(run) -> None:
+    made, _ = run
+    with pytest.raises(ValueError, match="fits hidden size 320, not 64: run 03, or set ADAPTER"):
+        find_adapter(str(made.folder / "adapter"), None, None, None, None, 64, "some/other-base")
+
+
+def test_decoding_wants_the_adapter_of_fold_0(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match="decoding needs the adapter of fold 0: make"
+    ):
+        crossval.run_decoding(replace(setup(tmp_path), name="never made"))

@@ -40,7 +40,8 @@ def fold_assignment(questions: Sequence[str], folds: int, seed: int = 0) -> np.n
         share = f"{copies.max()} of {len(groups)} rows ask {questions[copies[groups].argmax()]!r}"
         raise ValueError(f"{share}, so one fold would hold half of everything: drop its copies")
     fold_of = np.zeros(len(groups), dtype=int)
-    deal = GroupKFold(folds, shuffle=True, random_state=seed).split(groups, groups=groups)
+    shuffled = np.random.default_rng(seed).permutation(len(copies))[groups]
+    deal = GroupKFold(folds).split(groups, groups=shuffled)  # by size, then by label
     for fold, (_, held_out) in enumerate(deal):
         fold_of[held_out] = fold
     return fold_of

@@ -303,52 +303,73 @@ print(f"base with a stop string: {ended} of {len(test)} end before the limit\n"
 from tools.crossval_figures import read, systems_tables, verdict
 
 sample, real = (read(root / "results/cpu/crossval.json", name) for name in ("sample", "real"))
-print(systems_tables(sample), "the dialogues embedded here", verdict(sample),
-      "the article's own 172 rows", verdict(real), sep="\n\n")
+print(systems_tables(sample))
 
 # %% [markdown]
-# We see each figure with its 95 % interval over questions, and n. *Truth likeliest of 18* offers
-# the true answer among 17 others: guessing finds it once in 18. *Likeness* compares words, common
-# ones counting little. Below them the rows are paired again, the adapter against each rival, for
-# two data sets. *Better* and *worse* stand where the paired interval leaves out zero and a coin
-# would hardly do it; the rest is not equality, only not shown. Where the stop string or the nearest
-# answer does as well, they are the cheaper choice.
-#
-# ## 7. What 116 passes remember
-# The article trained for 320 steps, some 116 passes. On one fold we did the same, and looked on the
-# way at rows that it was trained on and at rows that it was not. A model that only learned would
-# find both alike.
+# We see each figure with its 95 % interval over questions, and n, or one line if nobody has run it
+# yet. *Truth likeliest of 18* offers the true answer among 17 others: guessing finds it once in 18.
+# *Likeness* compares words, common ones counting little. A loss is of an answer's tokens up to the
+# length that training reads. Two columns side by side do not tell whether a difference is real: for
+# that the rows are paired again, the adapter against each rival, here and on the article's own rows.
 
 # %%
-from tools.crossval_figures import draw_memory, memory_lines
+print("The dialogues embedded here", verdict(sample), sep="\n")
+print("\nThe article's own 172 rows", verdict(real), sep="\n")
+
+# %% [markdown]
+# We see the result read aloud, whatever it is. *Better* and *worse* stand where the paired interval
+# leaves out zero and a coin would hardly do it; the rest is not equality, only not shown. If nothing
+# stands in the last line, a stop string or a search is the cheaper choice. And whatever the
+# shuffled adapter does as well, fine-tuning did not learn from what the answers say. The intervals
+# hold the spread over questions, not over other training sets.
+#
+# ## 7. What 116 passes remember
+# The article trained for 320 steps, some 116 passes. We did both too, on as few rows as make 116
+# passes of our small steps, and looked on the way at rows that it was trained on and at rows that it
+# was not. A model that only learned would find both alike.
+
+# %%
+from tools.crossval_figures import draw_memory, memory_sentence, memory_table
 from tools.figures import new_figure, show
 
 figure, axis = new_figure(size=(8, 3.2))
 draw_memory(axis, sample)
-show(figure, alt="Loss by number of passes, for rows trained on and rows held out, with a mark "
-     "where early stopping ends. The numbers are printed below.")
-print(memory_lines(sample))
+show(figure, alt="Loss by number of passes, for rows trained on and rows held out, with a line "
+     "where early stopping ends. The next cell prints the numbers.")
 
 # %% [markdown]
-# We see both losses over the passes, and below them what an early stop and all 116 passes remember.
-# *Membership* is the chance that the loss alone tells a trained row from another: 0.5 tells
-# nothing, 1 everything. *Goes on word for word* is what comes after the first 20 tokens of an
-# answer. The last column is the price elsewhere: what text like that of pre-training lost.
+# We see how far the two losses part: what is lost on held-out rows while the trained ones improve
+# is learning by heart. The numbers, beside those of the ten folds with an early stop:
+
+# %%
+print(memory_table(sample), memory_sentence(sample), sep="\n\n")
+
+# %% [markdown]
+# We see how much better each run knows its own rows. *Membership* is the chance that the loss alone
+# tells a trained row from another: 0.5 tells nothing, 1 everything. *Words recited* are those that
+# go on truly after the first 20 tokens of an answer. The last line is the price elsewhere: how much
+# the loss rose on text like that of pre-training.
 #
 # ## 8. Claims the article did not test
-# Rank 32, bias, schedule, number of steps, and the three numbers of sampling: the article sets them
-# and moves on. On one fold we changed one at a time.
+# Rank 32, bias, schedule, number of steps: the article sets them and moves on. On one fold we
+# changed one at a time.
 
 # %%
 from tools.crossval_figures import claims_table, decoding_table
 
-print(claims_table(sample), decoding_table(sample), sep="\n\n")
+print(claims_table(sample))
 
 # %% [markdown]
 # We see a change of loss beside each change of the recipe; an interval around zero says that this
 # fold cannot tell. `bias="lora_only"` trains as many numbers as none: Falcon's linears have no
-# bias, so there is nothing it could train. Below, temperature, top-p and penalty act on habits;
-# only the penalty acts on greedy decoding too.
+# bias, so there is nothing it could train. Temperature, top-p and penalty get the same treatment.
+
+# %%
+print(decoding_table(sample))
+
+# %% [markdown]
+# We see habits under the article's three numbers, then with one of them changed, then with none.
+# Greedy decoding draws nothing, so only the penalty acts on it.
 #
 # ## 9. You are the judge
 # Figures do not say which answer you would rather read. Here are the test questions with two
