@@ -22,7 +22,7 @@ from helpers.dialogues import load_dialogues, normalise_question
 from helpers.evaluation import answer_losses, mean_interval, paired_difference, wilson
 from helpers.falcon import LINEARS
 from helpers.generation import generate_texts, sampling
-from helpers.profiles import TINY
+from helpers.profiles import A100, TINY
 from helpers.prompts import HUMAN, format_prompt
 from tools import crossval, crossval_figures, judge, recipe
 from tools.crossval_figures import BETTER, memory, memory_sentence, merge, shown, verdict
@@ -421,8 +421,16 @@ def test_an_adapter_of_another_base_is_named(run) -> None:
         find_adapter(str(made.folder / "adapter"), None, None, None, None, 64, "some/other-base")
 
 
+def test_a_gpus_minutes_are_predicted_from_the_measured_step(tmp_path) -> None:
+    made = replace(setup(tmp_path), profile=replace(A100, max_steps=100))
+    card = json.loads((ROOT / "results/h200/falcon7b.json").read_text())
+    minutes = 300 * card["training"]["step_seconds"] / 60
+    assert f"predicted {minutes:.0f} min of training on" in crossval.forecast(
+        made, ["fold0", "long"]
+    )
+    assert "on one core" in crossval.forecast(setup(tmp_path), ["fold0"])
+
+
 def test_decoding_wants_the_adapter_of_fold_0(tmp_path) -> None:
-    with pytest.raises(
-        ValueError, match="decoding needs the adapter of fold 0: make"
-    ):
+    with pytest.raises(ValueError, match="decoding needs the adapter of fold 0: make"):
         crossval.run_decoding(replace(setup(tmp_path), name="never made"))

@@ -47,7 +47,7 @@ from tools.crossval_figures import merge
 from tools.folds import PromptOnce, fold_assignment, likenesses, passage_losses
 from tools.make_tiny_falcon import read_lines
 from tools.recipe import Trained, Watch, train
-from tools.results import provenance
+from tools.results import machine_name, provenance
 
 CLAIMS: dict[str, dict[str, Any]] = {
     "rank_16": {"lora": {"r": 16, "lora_alpha": 16}},
@@ -337,11 +337,20 @@ def expected(name: str) -> float:
     return SECONDS.get(name.rstrip("0123456789") if name.startswith("fold") else name, 120)
 
 
+def forecast(setup: Setup, left: Sequence[str]) -> str:
+    """How long the missing parts may take: rehearsed for the tiny Falcon, predicted for a GPU."""
+    if not setup.profile.on_gpu:
+        return f"about {sum(map(expected, left)) / 60:.0f} min on one core"
+    card = json.loads((ROOT / "results/h200/falcon7b.json").read_text())
+    steps = sum(setup.profile.max_steps * (2 if name.startswith("fold") else 1) for name in left)
+    minutes = steps * card["training"]["step_seconds"] / 60
+    return f"predicted {minutes:.0f} min of training on {card['machine']}, answers not counted"
+
+
 def make_parts(setup: Setup, wanted: Sequence[str], say: Callable = print) -> None:
     """Make the parts that are missing, one after another, and say how long the rest takes."""
     left = [name for name in wanted if not setup.read(name)]
-    say(f"{setup.name}: {len(left)} of {len(wanted)} parts to make, "
-        f"about {sum(map(expected, left)) / 60:.0f} min on one core")  # fmt: skip
+    say(f"{setup.name}: {len(left)} of {len(wanted)} parts to make, {forecast(setup, left)}")
     setup.folder.mkdir(parents=True, exist_ok=True)
     guessed = spent = 0.0
     for k, name in enumerate(left):
@@ -382,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", default="sample", help="sample, or rows with question and answer")
     parser.add_argument("--name", help="key of the figures, folder of the parts: sample or own")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/cpu/crossval.json")
+    parser.add_argument("--out", type=Path, help="results/<machine>/crossval.json if not given")
     parser.add_argument("--profile", default="cpu", help="cpu (the tiny Falcon), t4, a100 or auto")
     parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--parts", nargs="+", help="only these, such as fold0 long rank_16")
@@ -397,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown := set(asked.parts or ()) - set(setup.parts):
             raise ValueError(f"there is no part {min(unknown)}: take from {' '.join(setup.parts)}")
         make_parts(setup, asked.parts or setup.parts)
-        publish(setup, asked.out)
+        publish(setup, asked.out or ROOT / "results" / machine_name()[0] / "crossval.json")
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

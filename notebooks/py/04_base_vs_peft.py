@@ -85,7 +85,8 @@ tokenizer = load_tokenizer(profile.model, REVISION)
 
 # %% [markdown]
 # We check the switch before we trust it. The article's question, in the form that the adapter was
-# trained on, goes through the model twice.
+# trained on, goes through the model twice. We predict that the two sets of scores for the next
+# token, the logits, differ.
 
 # %%
 import torch
@@ -96,11 +97,6 @@ with torch.no_grad():
     on = model(input_ids=ids).logits[0, -1].float()
     with model.disable_adapter():
         off = model(input_ids=ids).logits[0, -1].float()
-
-# %% [markdown]
-# We predict that the two sets of scores for the next token, the logits, differ.
-
-# %%
 likeliest = [tokenizer.decode([logits.argmax()]) for logits in (on, off)]
 print("next token with the adapter {!r}, without {!r}".format(*likeliest))
 assert not torch.equal(on, off)
@@ -124,11 +120,12 @@ meant = sampling(tokenizer, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, PENALTY)
 # there to be measured.
 
 # %%
+from contextlib import nullcontext
+
+
 def answer(prompts, with_adapter, config=meant, seed=SEED, **more):
     """Raw answers of the adapter or, with the switch off, of the base."""
-    if with_adapter:
-        return generate_texts(model, tokenizer, prompts, config, seed, **more)
-    with model.disable_adapter():
+    with nullcontext() if with_adapter else model.disable_adapter():
         return generate_texts(model, tokenizer, prompts, config, seed, **more)
 
 
@@ -297,7 +294,8 @@ print(f"base with a stop string: {ended} of {len(test)} end before the limit\n"
 # then opens the fold: every row is answered by a model that never saw it. Three more rivals join:
 # the base with three examples in its prompt, and an adapter trained on shuffled answers, which can
 # learn a voice but not what belongs to a question. The true answers are measured by the same
-# rulers. That takes longer than a page, so it was run once; the next cell reads what it found.
+# rulers. That takes longer than a page, so it was run once, for the tiny Falcon; the next cell reads
+# what it found. `--profile a100` runs it for Falcon-7B and first says how many minutes it predicts.
 
 # %%
 from tools.crossval_figures import read, systems_tables, verdict
@@ -335,41 +333,32 @@ from tools.figures import new_figure, show
 figure, axis = new_figure(size=(8, 3.2))
 draw_memory(axis, sample)
 show(figure, alt="Loss by number of passes, for rows trained on and rows held out, with a line "
-     "where early stopping ends. The next cell prints the numbers.")
-
-# %% [markdown]
-# We see how far the two losses part: what is lost on held-out rows while the trained ones improve
-# is learning by heart. The numbers, beside those of the ten folds with an early stop:
-
-# %%
+     "where early stopping ends. The numbers are printed below.")
 print(memory_table(sample), memory_sentence(sample), sep="\n\n")
 
 # %% [markdown]
-# We see how much better each run knows its own rows. *Membership* is the chance that the loss alone
+# We see how far the two losses part: what is lost on held-out rows while the trained ones improve
+# is learning by heart. Below stand the numbers, beside those of the ten folds with an early stop,
+# and how much better each run knows its own rows. *Membership* is the chance that the loss alone
 # tells a trained row from another: 0.5 tells nothing, 1 everything. *Words recited* are those that
 # go on truly after the first 20 tokens of an answer. The last line is the price elsewhere: how much
 # the loss rose on text like that of pre-training.
 #
 # ## 8. Claims the article did not test
-# Rank 32, bias, schedule, number of steps: the article sets them and moves on. On one fold we
-# changed one at a time.
+# Rank 32, bias, schedule, number of steps, and the three numbers of sampling: the article sets them
+# and moves on. On one fold we changed one at a time.
 
 # %%
 from tools.crossval_figures import claims_table, decoding_table
 
-print(claims_table(sample))
+print(claims_table(sample), decoding_table(sample), sep="\n\n")
 
 # %% [markdown]
 # We see a change of loss beside each change of the recipe; an interval around zero says that this
 # fold cannot tell. `bias="lora_only"` trains as many numbers as none: Falcon's linears have no
-# bias, so there is nothing it could train. Temperature, top-p and penalty get the same treatment.
-
-# %%
-print(decoding_table(sample))
-
-# %% [markdown]
-# We see habits under the article's three numbers, then with one of them changed, then with none.
-# Greedy decoding draws nothing, so only the penalty acts on it.
+# bias, so there is nothing it could train. Below stand habits under the article's temperature,
+# top-p and penalty, then with one of them changed, then with none. Greedy decoding draws nothing,
+# so only the penalty acts on it.
 #
 # ## 9. You are the judge
 # Figures do not say which answer you would rather read. Here are the test questions with two
