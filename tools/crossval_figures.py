@@ -174,7 +174,6 @@ def memory(parts: Sequence[dict], base_passages: Sequence[float]) -> Figures:
         "in_loss": mean_interval(trained),
         "out_loss": mean_interval(held_out),
         "membership_auc": membership_auc(trained, held_out),
-        "passages_loss": mean_interval(passages),
         "forgotten": paired_difference(passages.tolist(), list(base_passages)),
         "steps": [part["steps"] for part in parts],
     }
@@ -222,11 +221,11 @@ def merge(rows: Dataset, parts: dict[str, dict], n_folds: int, limit: int) -> Fi
         for s, found in by_system.items()
     }
     passages = folds[0]["base"]["passages"]
-    adapters = {s: memory(by_system[s], passages) for s in ("adapter", "shuffled")}
+    remembered = memory(by_system["adapter"], passages)
     systems = {s: system_figures(pool, limit, s != "nearest") for s, pool in pools.items()}
     for s in ("base", "base_stop", "shuffled", "adapter"):
-        base = {"passages_loss": mean_interval(passages)}
-        systems[s]["passages_loss"] = adapters.get(s, base)["passages_loss"]
+        known = [passages] if "base" in s else [part["passages"] for part in by_system[s]]
+        systems[s]["passages_loss"] = mean_interval(np.mean(known, axis=0))
     systems["truth"] = truth_figures(rows, folds, questions)
     rivals = [s for s in pools if s != "adapter"]
     found = {
@@ -234,7 +233,7 @@ def merge(rows: Dataset, parts: dict[str, dict], n_folds: int, limit: int) -> Fi
         "folds": n_folds,
         "systems": systems,
         "differences": {s: between(pools["adapter"], pools[s], s != "nearest") for s in rivals},
-        "memory": adapters | {"long": long_figures(parts["long"], passages)},
+        "memory": {"adapter": remembered, "long": long_figures(parts["long"], passages)},
     }
     first = folds[0]["adapter"]
     claims = {"as_it_is": first} | {name: parts[name] for name in CLAIMS if name in parts}

@@ -244,7 +244,7 @@ print(answers["adapter"][0].text.strip()[:90], "…")
 from tools.crossval_figures import HABITS, cell, table
 
 scores = {name: score_answers(said, limit=MAX_NEW_TOKENS) for name, said in answers.items()}
-print(table(scores, HABITS).to_string())
+print(table(scores, HABITS))
 
 # %% [markdown]
 # We see two columns of habits. The tiny adapter stops where the tiny base goes on. But even 18 of
