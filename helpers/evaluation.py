@@ -253,8 +253,11 @@ def token_losses(
 
 
 def answer_losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict],
-    batch_size: int = 8, max_length: int = 1024,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict],
+    batch_size: int = 8,
+    max_length: int = 1024,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean next-token loss of each row's answer, its end-of-text token included.
 
@@ -292,8 +295,6 @@ def answer_losses(
     return token_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)
 
 
-
-
 def distinct_n(text: str, n: int = 2) -> float:
     """Share of a text's runs of n words that are different: 1 means that nothing repeats.
 
@@ -317,8 +318,10 @@ def distinct_n(text: str, n: int = 2) -> float:
 
 
 def score_answers(
-    generations: Sequence, groups: Sequence[Hashable] | None = None,
-    limit: int | None = None, seed: int = 0,
+    generations: Sequence,
+    groups: Sequence[Hashable] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """Score raw answers without a judge: do they end, do they invent turns, do they repeat?
 

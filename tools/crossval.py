@@ -194,7 +194,7 @@ def written(setup: Setup, said: Sequence[Generation], fold: int) -> dict[str, An
 
 
 def continued(setup: Setup, numbers: Sequence[int], model: Any, tokenizer: Any) -> list[int]:
-    """How many tokens of each answer go on truly after its first 20, written greedily."""
+    """How many words of each answer go on truly after its first 20 tokens, written greedily."""
     prompts, rest = [], []
     for row in setup.take(numbers):
         ids = tokenizer(" " + row["answer"]).input_ids

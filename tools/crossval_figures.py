@@ -436,7 +436,8 @@ def decoding_table(figures: Figures | None) -> str:
     labels = {"eos_rate": "stops", "distinct_2": "different pairs", "likeness": "likeness",
               "mean_length": "words"}  # fmt: skip
     lines = {
-        name: {label: cell(found[f]) for f, label in labels.items()} | {"n": found["likeness"]["n"]}
+        name.replace("_", " "): {label: cell(found[f]) for f, label in labels.items()}
+        | {"n": found["likeness"]["n"]}
         for name, found in figures["decoding"].items()
     }
     return pd.DataFrame(lines).T.to_string()
