@@ -637,11 +637,7 @@ def test_no_question_stands_in_two_folds() -> None:
 @pytest.mark.parametrize(
     ("questions", "folds", "message"),
     [
-        (
-            ["a", "b", "c"],
-            10,
-            "3 different questions in 3 rows make no 10 folds: set --folds",
-        ),
+        (["a", "b", "c"], 10, "3 different questions in 3 rows make no 10 folds: set --folds"),
         (["a", "b", "A", "b?"], 3, "2 different questions in 4 rows make no 3 folds"),
         (["a", "b", "c"], 1, "make no 1 folds"),
         ([], 2, "0 different questions in 0 rows"),
