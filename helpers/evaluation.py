@@ -18,7 +18,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.dialogues import normalise_question
 from helpers.prompts import ROLE_TAG, format_prompt
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -73,8 +72,23 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
     return Estimate(value=rate, low=min(low, rate), high=max(high, rate), n=n)
 
 
-def _group_means(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
-    """One mean for each group, (n_groups,) float64."""
+def group_means(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
+    """One mean for each group; each value is a group of its own where none are given.
+
+    Args:
+        values: (n,) numbers; True counts as 1.
+        groups: (n,) for instance the question that each answers; None if each stands alone.
+
+    Returns:
+        (n_groups,) float64, ordered by group.
+
+    Raises:
+        ValueError: if a value is not finite, lengths differ, or there are under two groups.
+
+    Example:
+        >>> group_means([1, 3, 5], ["a", "a", "b"]).tolist()
+        [2.0, 5.0]
+    """
     x, groups = np.asarray(values, dtype=float), range(len(values)) if groups is None else groups
     if not np.isfinite(x).all():
         raise ValueError("a value is missing (NaN) or infinite: leave that row out on both sides")
@@ -116,7 +130,7 @@ def mean_interval(
     """
     from scipy.stats import norm, t
 
-    x = _group_means(values, groups)
+    x = group_means(values, groups)
     n, generator = len(x), np.random.default_rng(seed)
     means = [x[generator.integers(n, size=(100, n))].mean(axis=1) for _ in range(RESAMPLES // 100)]
     tail = norm.cdf(math.sqrt(n / (n - 1)) * t.ppf(0.025, n - 1))
@@ -156,7 +170,7 @@ def paired_difference(
     if len(a) != len(b):
         raise ValueError(f"{len(a)} values against {len(b)}: give the same rows on both sides")
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    x, generator = _group_means(difference, groups), np.random.default_rng(seed)
+    x, generator = group_means(difference, groups), np.random.default_rng(seed)
     if len(x) <= EXACT_UP_TO:
         tails = np.arange(2 ** len(x))[:, None] >> np.arange(len(x)) & 1
     else:  # the first toss is ours, none turned
@@ -206,10 +220,24 @@ def _batch_losses(model: PreTrainedModel, pad_id: int, batch: Sequence[Encoded])
     return [torch.nn.functional.cross_entropy(x.float(), y).item() for x, y in pairs]
 
 
-def _all_losses(
+def token_losses(
     model: PreTrainedModel, pad_id: int | None, rows: list[Encoded], size: int, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses in nats and numbers of tokens scored, both in the order of `rows`."""
+    """Losses in nats and numbers of tokens scored, both in the order of `rows`.
+
+    Args:
+        model: scored in eval mode, and left in the mode it came in.
+        pad_id: fills short rows up on the right; it is never scored.
+        rows: (n,) pairs of token ids and the position of the first one to score, 1 or more.
+        size: rows scored together.
+        max_length: tokens; longer rows lose their end.
+
+    Returns:
+        losses: (n,) float64, mean nats a token; tokens: (n,) int, tokens scored.
+
+    Raises:
+        ValueError: if there are no rows, or one has no token to score.
+    """
     rows = [(ids[:max_length], start) for ids, start in rows]
     losses, tokens = np.zeros(len(rows)), np.array([len(ids) - start for ids, start in rows])
     if not rows or tokens.min() < 1:
@@ -225,8 +253,11 @@ def _all_losses(
 
 
 def answer_losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, str]],
-    batch_size: int = 8, max_length: int = 1024,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[dict],
+    batch_size: int = 8,
+    max_length: int = 1024,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean next-token loss of each row's answer, its end-of-text token included.
 
@@ -238,7 +269,8 @@ def answer_losses(
         model: causal language model, with or without an adapter; scored in eval mode, and left
             in the mode it came in.
         tokenizer: of that model.
-        rows: with `question` and `answer`, as from `load_dialogues`.
+        rows: with `question` and `answer`, as from `load_dialogues`; a row's `history` of earlier
+            (question, answer) pairs, if it has one, is put before its question.
         batch_size: rows of like length scored together, padded on the right.
         max_length: tokens; longer rows lose their end, as in training.
 
@@ -255,32 +287,12 @@ def answer_losses(
     for number, row in enumerate(rows):
         if not row["answer"].strip():
             raise ValueError(f"row {number} has an empty answer: drop it, or give it one")
-        prompt = format_prompt(row["question"])
+        prompt = format_prompt(row["question"], row.get("history", ()))
         alone = tokenizer(prompt).input_ids
         ids = tokenizer(f"{prompt} {row['answer'].strip()}{tokenizer.eos_token}").input_ids
         differ = (i for i, (one, two) in enumerate(zip(alone, ids, strict=False)) if one != two)
         encoded.append((ids, max(1, next(differ, len(alone)))))
-    return _all_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)
-
-
-def passage_losses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str],
-    batch_size: int = 8, max_length: int = 1024,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean next-token loss of plain passages, to see what fine-tuning forgot.
-
-    Args:
-        model, tokenizer, batch_size, max_length: as for `answer_losses`.
-        texts: (n,) passages; the first token of each is given, all others are scored.
-
-    Returns:
-        losses: (n,) float64, nats a token; tokens: (n,) int, tokens scored.
-
-    Raises:
-        ValueError: if there are no passages, or one has fewer than two tokens.
-    """
-    encoded = [(tokenizer(text).input_ids, 1) for text in texts]
-    return _all_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)
+    return token_losses(model, tokenizer.pad_token_id, encoded, batch_size, max_length)
 
 
 def distinct_n(text: str, n: int = 2) -> float:
@@ -306,8 +318,10 @@ def distinct_n(text: str, n: int = 2) -> float:
 
 
 def score_answers(
-    generations: Sequence, groups: Sequence[Hashable] | None = None,
-    limit: int | None = None, seed: int = 0,
+    generations: Sequence,
+    groups: Sequence[Hashable] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """Score raw answers without a judge: do they end, do they invent turns, do they repeat?
 
@@ -332,7 +346,7 @@ def score_answers(
     limit = limit or max((g.n_tokens for g in generations), default=0)
 
     def rate(flags: list[bool]) -> Estimate:
-        shares = _group_means(flags, groups)
+        shares = group_means(flags, groups)
         return wilson(float(shares.sum()), len(shares))
 
     lengths = [len(WORD.findall(g.text)) for g in generations]
@@ -401,99 +415,3 @@ def nearest_answers(
     known = vectorizer.fit_transform(list(train_questions))
     nearest = (vectorizer.transform(list(questions)) @ known.T).toarray().argmax(axis=1)
     return [train_answers[i] for i in nearest]
-
-
-def rank_of_truth(loss_matrix: np.ndarray) -> tuple[Estimate, Estimate]:
-    """How often the true answer is the likeliest among all, and its mean reciprocal rank.
-
-    Args:
-        loss_matrix: (n, m) losses in nats, m >= n: of answer j to question i; the true answer to
-            question i is answer i.
-
-    Returns:
-        accuracy: share of questions whose true answer has the lowest loss.
-        mrr: mean of 1 / rank, 1 / m to 1. A tie counts against the truth.
-
-    Raises:
-        ValueError: if there are fewer answers than questions, or a loss is not finite.
-
-    Example:
-        >>> accuracy, mrr = rank_of_truth(np.array([[1.0, 2.0], [1.0, 2.0]]))    # ranks 1 and 2
-        >>> accuracy["value"], mrr["value"]
-        (0.5, 0.75)
-    """
-    x = np.asarray(loss_matrix, dtype=float)
-    if x.ndim != 2 or x.shape[0] > x.shape[1] or not np.isfinite(x).all():
-        raise ValueError(f"{x.shape} is no table of finite losses, one column for each true answer")
-    ranks = (x <= np.diag(x)[:, None]).sum(axis=1)
-    return wilson(int((ranks == 1).sum()), len(x)), mean_interval(1 / ranks)
-
-
-def membership_auc(in_losses: Sequence[float], out_losses: Sequence[float]) -> Estimate:
-    """Can the loss alone tell rows that were trained on from rows that were not?
-
-    Args:
-        in_losses: (n,) nats, one for each row that was trained on.
-        out_losses: (m,) nats, one for each row that was not.
-
-    Returns:
-        The chance that a trained row has the lower loss of a pair: 0.5 tells nothing, 1 means
-        that the rows were memorised. The interval holds every area from which ours is at most
-        1.96 of that area's standard errors away (Newcombe's method 5, to five digits); it
-        stays open at 1, where a bootstrap collapses. `n` counts both kinds together.
-
-    Raises:
-        ValueError: if a side is empty or a loss is not finite.
-
-    Source:
-        Yeom et al. (2018), the attack by loss: https://arxiv.org/abs/1709.01604
-        Newcombe (2006), part 2, the interval: https://doi.org/10.1002/sim.2324
-
-    Example:
-        >>> membership_auc([1.0, 3.0], [2.0, 4.0])["value"]    # 1 < 2, 1 < 4, 3 < 4: 3 of 4 pairs
-        0.75
-    """
-    a, b = np.asarray(in_losses, dtype=float), np.asarray(out_losses, dtype=float)
-    if not a.size or not b.size or not np.isfinite(np.concatenate([a, b])).all():
-        raise ValueError("a side is empty or a loss is not finite: give one loss for each row")
-    auc = float((a[:, None] < b).mean() + (a[:, None] == b).mean() / 2)
-    area, cells = np.linspace(0, 1, 100_001), a.size * b.size
-    spread = 1 + ((a.size + b.size) / 2 - 1) * ((1 - area) / (2 - area) + area / (1 + area))
-    inside = area[(auc - area) ** 2 <= 1.96**2 * area * (1 - area) * spread / cells]
-    return Estimate(value=auc, low=float(inside[0]), high=float(inside[-1]), n=a.size + b.size)
-
-
-def fold_assignment(questions: Sequence[str], folds: int, seed: int = 0) -> np.ndarray:
-    """Deal rows into folds of like size, so that no question stands in two of them.
-
-    Args:
-        questions: (n,) str; equal after `normalise_question` means the same question.
-        folds: how many, 2 or more.
-        seed: which deal; the same seed gives the same folds on every machine.
-
-    Returns:
-        (n,) int, the fold of each row, 0 to folds - 1; none is empty.
-
-    Raises:
-        ValueError: if there are too few different questions for the folds, or one question
-            takes half of the rows.
-
-    Example:
-        >>> folds = fold_assignment(["Why?", "How?", "why", "When?", "Where?"], folds=2)
-        >>> bool(folds[0] == folds[2]), sorted(np.bincount(folds).tolist())
-        (True, [2, 3])
-    """
-    which = np.unique([normalise_question(q) for q in questions], return_inverse=True)[1]
-    copies = np.bincount(which)
-    if not 2 <= folds <= len(copies):
-        have = f"{len(copies)} different questions in {len(which)} rows make no {folds} folds"
-        raise ValueError(f"{have}: set FOLDS from 2 to {len(copies)}, or add rows")
-    if copies.max() > 1 and 2 * copies.max() >= len(which):
-        share = f"{copies.max()} of {len(which)} rows ask {questions[copies[which].argmax()]!r}"
-        raise ValueError(f"{share}, so one fold would hold half of everything: drop its copies")
-    shuffled = np.random.default_rng(seed).permutation(len(copies))
-    fold_of, sizes = np.zeros_like(copies), np.zeros(folds, dtype=int)
-    for group in shuffled[np.argsort(-copies[shuffled], kind="stable")]:  # the largest first
-        fold_of[group] = sizes.argmin()
-        sizes[fold_of[group]] += copies[group]
-    return fold_of[which]

@@ -21,19 +21,23 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFas
 from helpers.evaluation import (
     answer_losses,
     distinct_n,
-    fold_assignment,
     longest_shared_run,
     mean_interval,
-    membership_auc,
     nearest_answers,
     paired_difference,
-    passage_losses,
-    rank_of_truth,
     score_answers,
     sign_test,
     wilson,
 )
 from helpers.prompts import ASSISTANT, HUMAN
+from tools.folds import (
+    fold_assignment,
+    likenesses,
+    membership_auc,
+    passage_losses,
+    rank_figures,
+    truth_ranks,
+)
 
 END, PAD = "<|endoftext|>", ">>SUFFIX<<"
 ROWS = [
@@ -204,11 +208,10 @@ def test_long_answers_lose_their_end(model, tokenizer) -> None:
 
 def test_passage_losses_are_the_models_own(model, tokenizer) -> None:
     texts = ["stress and sleep", "rest", "what is it with all of it and so early"]
-    losses, tokens = passage_losses(model, tokenizer, [f"why {t}" for t in texts], batch_size=2)
-    for loss, n, text in zip(losses, tokens, texts, strict=True):
+    losses = passage_losses(model, tokenizer, [f"why {t}" for t in texts], batch_size=2)
+    for loss, text in zip(losses, texts, strict=True):
         ids = tokenizer(f"why {text}", return_tensors="pt").input_ids
         assert loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
-        assert n == len(text.split())
 
 
 @pytest.mark.parametrize(
@@ -512,25 +515,61 @@ def test_nearest_answers_wants_one_answer_to_each(questions: list, answers: list
 
 
 @pytest.mark.parametrize("digits", [1, 8], ids=["with ties", "without"])
-def test_rank_of_truth_is_scikit_learns(rng, digits: int) -> None:
-    x = rng.normal(size=(18, 25))
-    x[np.arange(18), np.arange(18)] -= 2
+def test_ranks_of_the_truth_are_scipys_and_scikit_learns(rng, digits: int) -> None:
+    x = rng.normal(size=(25, 18))
+    x[:, 0] -= 1.5
     x = x.round(digits)
-    accuracy, mrr = rank_of_truth(x)
-    ranks = np.array([stats.rankdata(row, "max")[i] for i, row in enumerate(x)])
-    assert accuracy == wilson(int((ranks == 1).sum()), 18) and 0.2 < accuracy["value"] < 1
-    truth = np.eye(18, 25)
-    assert mrr["value"] == pytest.approx(label_ranking_average_precision_score(truth, -x))
-    assert mrr == mean_interval(1 / ranks)
+    ranks = truth_ranks(x)
+    assert ranks.tolist() == stats.rankdata(x, "max", axis=1)[:, 0].tolist()
+    found = rank_figures(ranks, range(25))
+    assert found["rank_accuracy"] == wilson(int((ranks == 1).sum()), 25)
+    assert 0.2 < found["rank_accuracy"]["value"] < 1
+    truth = np.zeros_like(x)
+    truth[:, 0] = 1
+    expected = label_ranking_average_precision_score(truth, -x)
+    assert found["rank_mrr"]["value"] == pytest.approx(expected)
+    twice = rank_figures([*ranks, *ranks], [*range(25)] * 2)
+    assert twice["rank_accuracy"] == found["rank_accuracy"] and twice["rank_mrr"]["n"] == 25
 
 
-def test_rank_of_truth_at_its_ends() -> None:
-    accuracy, mrr = rank_of_truth(np.ones((4, 5)))  # a model that cannot tell wins nothing
-    assert accuracy["value"] == 0 and mrr["value"] == pytest.approx(1 / 5)
-    assert rank_of_truth(1 - np.eye(4))[0] == wilson(4, 4)
-    for bad in (np.ones((5, 4)), np.ones(4), np.full((2, 2), np.nan)):
+def test_ranks_at_their_ends() -> None:
+    assert truth_ranks(np.ones((4, 5))).tolist() == [5] * 4  # one that cannot tell wins nothing
+    assert truth_ranks(np.array([[0.0, 1.0]])).tolist() == [1]
+    for bad in (np.ones((5, 1)), np.ones(4), np.full((2, 2), np.nan)):
         with pytest.raises(ValueError, match="no table of finite losses"):
-            rank_of_truth(bad)
+            truth_ranks(bad)
+
+
+def test_likeness_by_hand(rng) -> None:
+    known = [random_text(rng, 6) + f" {word}" for word in WORDS]
+    texts = [random_text(rng, 5) + " sleep", "early early rest", "nothing like these"]
+    n, df = len(known), Counter(w for text in known for w in set(text.split()))
+
+    def weights(text: str) -> dict[str, float]:
+        counts = Counter(w for w in text.split() if df[w])
+        found = {
+            w: (1 + math.log(c)) * (math.log((1 + n) / (1 + df[w])) + 1) for w, c in counts.items()
+        }
+        length = math.sqrt(sum(x * x for x in found.values())) or 1.0
+        return {w: x / length for w, x in found.items()}
+
+    by_hand = [
+        [sum(x * weights(b).get(w, 0.0) for w, x in weights(a).items()) for b in texts]
+        for a in texts
+    ]
+    assert likenesses(texts, texts, known) == pytest.approx(np.array(by_hand), abs=1e-12)
+    with pytest.raises(ValueError, match="the training answers hold no word"):
+        likenesses(["a"], ["a"], ["", " "])
+
+
+def test_a_history_is_the_same_text_written_out(model, tokenizer) -> None:
+    before = [("how to sleep", "go early")]
+    row = {"question": "why", "answer": "early", "history": before}
+    question = f"how to sleep\n{ASSISTANT} go early\n{HUMAN} why"
+    ours = answer_losses(model, tokenizer, [row])[0]
+    spelled = answer_losses(model, tokenizer, [{"question": question, "answer": "early"}])[0]
+    alone = answer_losses(model, tokenizer, [{"question": "why", "answer": "early"}])[0]
+    assert ours[0] == spelled[0] != alone[0]
 
 
 def hanley_mcneil(area: float, n_in: int, n_out: int) -> float:
@@ -598,7 +637,7 @@ def test_no_question_stands_in_two_folds() -> None:
 @pytest.mark.parametrize(
     ("questions", "folds", "message"),
     [
-        (["a", "b", "c"], 10, "3 different questions in 3 rows make no 10 folds: set FOLDS from 2"),
+        (["a", "b", "c"], 10, "3 different questions in 3 rows make no 10 folds: set --folds"),
         (["a", "b", "A", "b?"], 3, "2 different questions in 4 rows make no 3 folds"),
         (["a", "b", "c"], 1, "make no 1 folds"),
         ([], 2, "0 different questions in 0 rows"),

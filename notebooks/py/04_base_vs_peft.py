@@ -5,9 +5,9 @@
 
 # %% [markdown]
 # After this page you know what the adapter changed: whether it answers where the base rambles,
-# whether it stops, what it copies, and how sure we may be with 18 held-out rows. You will have seen
-# the article's own question answered by both, under the sampling that the article meant and under
-# the one that it really used.
+# whether it stops, what it copies, what it forgot, and how sure we may be with 18 held-out rows or
+# with all 172. You will have seen the article's own question answered by both, under the sampling
+# that the article meant and under the one that it really used.
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
@@ -42,6 +42,7 @@ DRIVE = None
 QUESTION = "How can I prevent anxiety and depression?"  # the article's
 TEMPERATURE, TOP_P, PENALTY, MAX_NEW_TOKENS = 0.4, 0.6, 1.3, 256  # the article's
 COMPILE = True  # on a GPU: one decoding step as one CUDA graph
+JUDGE = False  # True opens the form of section 9
 SEED = 0
 override(globals())
 
@@ -84,7 +85,8 @@ tokenizer = load_tokenizer(profile.model, REVISION)
 
 # %% [markdown]
 # We check the switch before we trust it. The article's question, in the form that the adapter was
-# trained on, goes through the model twice.
+# trained on, goes through the model twice. We predict that the two sets of scores for the next
+# token, the logits, differ.
 
 # %%
 import torch
@@ -95,11 +97,6 @@ with torch.no_grad():
     on = model(input_ids=ids).logits[0, -1].float()
     with model.disable_adapter():
         off = model(input_ids=ids).logits[0, -1].float()
-
-# %% [markdown]
-# We predict that the two sets of scores for the next token, the logits, differ.
-
-# %%
 likeliest = [tokenizer.decode([logits.argmax()]) for logits in (on, off)]
 print("next token with the adapter {!r}, without {!r}".format(*likeliest))
 assert not torch.equal(on, off)
@@ -123,11 +120,12 @@ meant = sampling(tokenizer, MAX_NEW_TOKENS, TEMPERATURE, TOP_P, PENALTY)
 # there to be measured.
 
 # %%
+from contextlib import nullcontext
+
+
 def answer(prompts, with_adapter, config=meant, seed=SEED, **more):
     """Raw answers of the adapter or, with the switch off, of the base."""
-    if with_adapter:
-        return generate_texts(model, tokenizer, prompts, config, seed, **more)
-    with model.disable_adapter():
+    with nullcontext() if with_adapter else model.disable_adapter():
         return generate_texts(model, tokenizer, prompts, config, seed, **more)
 
 
@@ -222,125 +220,162 @@ else:
     parts = split_rows(load_dialogues(DATASET or profile.dataset)[0], seed=SEED)
 
 # %% [markdown]
-# Each question is now answered twice, by the base and by the adapter.
+# Each question is answered twice, by the base and by the adapter. The true answers are scored
+# too: how likely does each side find them?
 
 # %%
-test = parts["test"]
+from helpers.evaluation import answer_losses, score_answers
+
+test, losses, answers = parts["test"], {}, {}
 prompts = [format_prompt(q) for q in test["question"]]
-answers = {name: answer(prompts, name == "adapter") for name in ("base", "adapter")}
-first = answers["adapter"][0].text.strip()
-print(f"{len(test)} questions answered twice; the adapter's first: {first[:70]} …")
-
-# %% [markdown]
-# We see how one of the adapter's answers begins; the rest is saved at the end of this page. The
-# true answers are scored too: how likely does each side find them?
-
-# %%
-from helpers.evaluation import answer_losses
-
-losses = {"adapter": answer_losses(model, tokenizer, test)}
+for name in ("base", "adapter"):
+    answers[name] = answer(prompts, name == "adapter")
+losses["adapter"] = answer_losses(model, tokenizer, test)[0]
 with model.disable_adapter():
-    losses["base"] = answer_losses(model, tokenizer, test)
+    losses["base"] = answer_losses(model, tokenizer, test)[0]
+print(answers["adapter"][0].text.strip()[:90], "…")
 
 # %% [markdown]
-# The written answers need no judge either: does one stop by itself, does it invent a turn, does
-# it repeat itself? With so few rows every rate needs its interval.
+# We see how one of the adapter's answers begins; the rest is saved at the end of this page. No
+# judge is needed to ask whether an answer stops by itself, invents a turn, or repeats itself. With
+# so few rows every rate needs its interval: Wilson's for rates, a bootstrap for means.
 
 # %%
-import pandas as pd
-from helpers.evaluation import paired_difference, score_answers, wilson
+from tools.crossval_figures import HABITS, cell, table
 
 scores = {name: score_answers(said, limit=MAX_NEW_TOKENS) for name, said in answers.items()}
-shown = {name: {k: f"{e['value']:.2f} [{e['low']:.2f}, {e['high']:.2f}]" for k, e in s.items()}
-         for name, s in scores.items()}
-print(pd.DataFrame(shown).to_string(), f"\nn = {len(test)} questions in every row")
+print(table(scores, HABITS))
 
 # %% [markdown]
-# We see two columns of habits. `eos_rate` is the share that stopped by itself, `turn_leak_rate`
-# the share that invented a turn, `limit_rate` the share that ran into the token limit. The tiny
-# adapter stops where the tiny base goes on. How sure is a rate of 18 rows? Wilson's interval
-# holds for small n.
+# We see two columns of habits. The tiny adapter stops where the tiny base goes on. But even 18 of
+# 18 would only prove a rate above four fifths. The losses tell more, since the same rows stand on
+# both sides: we compare them in pairs, which takes out how hard each row is. If nothing set the two
+# apart, each sign would be a coin toss, and p says how rare ours is. We predict an interval below
+# zero.
 
 # %%
-print(f"18 of 18 would be {wilson(18, 18)['value']:.2f} [{wilson(18, 18)['low']:.2f}, 1.00]")
+from helpers.evaluation import paired_difference
 
-# %% [markdown]
-# We see that even 18 of 18 only proves a rate above four fifths. Now the loss on the true
-# answers, first over all tokens of the test rows.
-
-# %%
-for name, (per_row, tokens) in losses.items():
-    print(f"{name:8} {(per_row * tokens).sum() / tokens.sum():.3f} nats per answer token")
-
-# %% [markdown]
-# We see the adapter's loss below the base's. The same rows stand on both sides, so we compare
-# them in pairs, which takes out how hard each row is. We predict an interval below zero.
-
-# %%
-difference = paired_difference(losses["adapter"][0], losses["base"][0])
-interval = f"[{difference['low']:.3f}, {difference['high']:.3f}]"
-print(f"adapter minus base, per row: {difference['value']:.3f} {interval}, "
+difference = paired_difference(losses["adapter"], losses["base"])
+print("adapter minus base, nats per answer token:", cell(difference),
       f"p = {difference['p']:.1g}, n = {difference['n']}")
 assert difference["high"] < 0, "the adapter does not lower the held-out answer loss"
 
 # %% [markdown]
 # We see that the whole interval lies below zero: for unseen questions, the true answers became
-# more likely under the adapter. That is a statement about a loss, not about good advice. Is it
-# one lucky row? We draw them all.
-
-# %%
-figure, axis = new_figure(size=(8, 3.2))
-rank = losses["base"][0].argsort()
-low, high = losses["adapter"][0][rank], losses["base"][0][rank]
-axis.plot(high, "o", color=COLOURS[6], label="base")
-axis.plot(low, "o", color=COLOURS[5], label="adapter")
-axis.vlines(range(len(rank)), low, high, color="#BBBBBB")
-axis.set(xlabel="test question, sorted by the base's loss", ylabel="nats per answer token")
-axis.set_ylim(0, None)
-axis.legend()
-show(figure, alt="For each test question two dots, the loss of its true answer under the base and "
-     "under the adapter, joined by a line. The adapter's dot lies below the base's for nearly all.")
-
-# %% [markdown]
-# We see lines that go down from base to adapter: the gain is not the work of one lucky row.
+# more likely under the adapter. That is a statement about a loss, not about good advice.
 #
 # ## 5. Simpler things that might do as well
-# Before we praise the adapter: would the base with a stop string do? It costs nothing to train.
-
-# %%
-stopped = answer(prompts, False, stop="<HUMAN>:")
-ended = sum("<HUMAN>:" in s.text or s.finished for s in stopped)
-print(f"base with a stop string: {ended} of {len(test)} end before the limit")
-
-# %% [markdown]
-# We see how many answers of the base end once a stop string is set: it cures rambling without any
-# training, and does not change what is said before it. The second rival writes nothing: it gives
-# the answer to the nearest training question.
+# Before we praise the adapter: would the base with a stop string do? It costs nothing to train. The
+# second rival writes nothing: it gives the answer to the nearest training question. And does the
+# adapter do more than recite such answers? We look for its longest run of words that stands in
+# one of them.
 
 # %%
 from helpers.evaluation import longest_shared_run, nearest_answers
 
-known = parts["train"]["answer"]
+stopped, known = answer(prompts, False, stop="<HUMAN>:"), parts["train"]["answer"]
+ended = sum("<HUMAN>:" in s.text or s.finished for s in stopped)
 near = nearest_answers(parts["train"]["question"], known, test["question"])
-print(f"nearest training answer, for {test['question'][0]!r}:\n  {near[0][:160]} …")
+copied = sorted(longest_shared_run(a.text, known)[0] for a in answers["adapter"])
+print(f"base with a stop string: {ended} of {len(test)} end before the limit\n"
+      f"nearest training answer, for {test['question'][0]!r}:\n  {near[0][:120]} …\n"
+      f"the adapter's longest copied run: median {copied[len(copied) // 2]}, most {copied[-1]} words")
 
 # %% [markdown]
-# We see a fluent text, since it is a training answer as it stands; whether it meets the question
-# is luck. Does the adapter do more than recite such answers? We look for its longest runs of
-# words that stand in one of them.
+# We see that a stop string cures rambling without any training; it does not change what is said
+# before it. The nearest answer is fluent, since it is a training answer as it stands; whether it
+# meets the question is luck. A copied run of many words would be a training sentence, not an
+# answer of the adapter's own.
+#
+# ## 6. Ten folds instead of one split
+# 18 rows decide little. So `tools/crossval.py` deals all rows into ten folds, by question. For each
+# it runs page 03's recipe on the other nine, chooses the step on an inner part of those, and only
+# then opens the fold: every row is answered by a model that never saw it. Three more rivals join:
+# the base with three examples in its prompt, and an adapter trained on shuffled answers, which can
+# learn a voice but not what belongs to a question. The true answers are measured by the same
+# rulers. That takes longer than a page, so it was run once, for the tiny Falcon; the next cell reads
+# what it found. `--profile a100` runs it for Falcon-7B and first says how many minutes it predicts.
 
 # %%
-copied = [longest_shared_run(a.text, known)[0] for a in answers["adapter"]]
-median = sorted(copied)[len(copied) // 2]
-print("the adapter's longest run of words copied from a training answer: "
-      f"median {median}, longest {max(copied)}")
+from tools.crossval_figures import read, systems_tables, verdict
+
+sample, real = (read(root / "results/cpu/crossval.json", name) for name in ("sample", "real"))
+print(systems_tables(sample))
 
 # %% [markdown]
-# We see the median over the test rows and the longest run of all: a run of many words is a
-# training sentence, not an answer of its own. Folds, seeds and all baselines together need longer
-# than a page; `make results` runs them.
+# We see each figure with its 95 % interval over questions, and n, or one line if nobody has run it
+# yet. *Truth likeliest of 18* offers the true answer among 17 others: guessing finds it once in 18.
+# *Likeness* compares words, common ones counting little. A loss is of an answer's tokens up to the
+# length that training reads. Two columns side by side do not tell whether a difference is real: for
+# that the rows are paired again, the adapter against each rival, here and on the article's own rows.
+
+# %%
+print("The dialogues embedded here", verdict(sample), sep="\n")
+print("\nThe article's own 172 rows", verdict(real), sep="\n")
+
+# %% [markdown]
+# We see the result read aloud, whatever it is. *Better* and *worse* stand where the paired interval
+# leaves out zero and a coin would hardly do it; the rest is not equality, only not shown. If nothing
+# stands in the last line, a stop string or a search is the cheaper choice. And whatever the
+# shuffled adapter does as well, fine-tuning did not learn from what the answers say. The intervals
+# hold the spread over questions, not over other training sets.
 #
-# ## 6. How fast
+# ## 7. What 116 passes remember
+# The article trained for 320 steps, some 116 passes. We did both too, on as few rows as make 116
+# passes of our small steps, and looked on the way at rows that it was trained on and at rows that it
+# was not. A model that only learned would find both alike.
+
+# %%
+from tools.crossval_figures import draw_memory, memory_sentence, memory_table
+from tools.figures import new_figure, show
+
+figure, axis = new_figure(size=(8, 3.2))
+draw_memory(axis, sample)
+show(figure, alt="Loss by number of passes, for rows trained on and rows held out, with a line "
+     "where early stopping ends. The numbers are printed below.")
+print(memory_table(sample), memory_sentence(sample), sep="\n\n")
+
+# %% [markdown]
+# We see how far the two losses part: what is lost on held-out rows while the trained ones improve
+# is learning by heart. Below stand the numbers, beside those of the ten folds with an early stop,
+# and how much better each run knows its own rows. *Membership* is the chance that the loss alone
+# tells a trained row from another: 0.5 tells nothing, 1 everything. *Words recited* are those that
+# go on truly after the first 20 tokens of an answer. The last line is the price elsewhere: how much
+# the loss rose on text like that of pre-training.
+#
+# ## 8. Claims the article did not test
+# Rank 32, bias, schedule, number of steps, and the three numbers of sampling: the article sets them
+# and moves on. On one fold we changed one at a time.
+
+# %%
+from tools.crossval_figures import claims_table, decoding_table
+
+print(claims_table(sample), decoding_table(sample), sep="\n\n")
+
+# %% [markdown]
+# We see a change of loss beside each change of the recipe; an interval around zero says that this
+# fold cannot tell. `bias="lora_only"` trains as many numbers as none: Falcon's linears have no
+# bias, so there is nothing it could train. Below stand habits under the article's temperature,
+# top-p and penalty, then with one of them changed, then with none. Greedy decoding draws nothing,
+# so only the penalty acts on it.
+#
+# ## 9. You are the judge
+# Figures do not say which answer you would rather read. Here are the test questions with two
+# answers each, the adapter's and the base's up to its first invented turn, shuffled, without
+# names. `JUDGE = True` opens a form that ends in a sign test; your choices stay in this runtime.
+
+# %%
+from tools.judge import blind_pairs, open_form
+
+pairs = blind_pairs(test["question"], answers["adapter"], stopped, seed=SEED)
+print(open_form(pairs, ("adapter", "base"), JUDGE))
+
+# %% [markdown]
+# We see the first pair, and under it the solution. You have to win 14 of 18 before a fair coin
+# becomes an unlikely judge.
+#
+# ## 10. How fast
 # The article's README promises an answer in "less than 3 minutes". We count tokens per second,
 # over exactly 64 of them; on a GPU also with the decoding step compiled.
 
@@ -370,7 +405,7 @@ for name, way in ways.items():
 # is worth; a laptop has only the first, and needs no more for a model this small. For Falcon-7B no
 # speed of decoding has been measured for this project yet.
 #
-# ## 7. Save
+# ## 11. Save
 # The comparison is kept, so that it can be read without running anything. We put the article's
 # question first, the test rows after it, and the model's name into each row.
 
@@ -387,6 +422,8 @@ kept = [{**row, **about} for row in kept]
 # %%
 import json
 
+import pandas as pd
+
 Path("artifacts").mkdir(exist_ok=True)
 Path("artifacts/comparison.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False))
 pd.DataFrame(kept).to_csv("artifacts/comparison.csv", index=False)
@@ -395,17 +432,17 @@ print(f"{len(kept)} pairs of answers in artifacts/comparison.json and .csv")
 # %% [markdown]
 # We see one pair more than there are test rows: the article's question came first.
 #
-# ## 8. What you have now
+# ## 12. What you have now
 # Both models' answers to the article's question and to all test rows, with rates, losses and
 # intervals; and two cheap rivals that an honest report must name.
 #
-# ## 9. Exercises
+# ## 13. Exercises
 # 1. Set `TEMPERATURE = 1.0` and `TOP_P = 1.0`. Expect more varied and worse answers from both.
 # 2. Set `PENALTY = 1.0`. Expect the base to repeat itself more, and `distinct_2` to fall.
 # 3. Ask your own `QUESTION`, far from mental health. Expect the adapter to keep its manner, and
 #    the facts to be wrong: 172 rows teach a manner.
 #
-# ## 10. Sources and next
+# ## 14. Sources and next
 # Wilson (1927), Probable inference, the law of succession, and statistical inference. Li et al.
 # (2016), [A diversity-promoting objective](https://arxiv.org/abs/1510.03055), for distinct-n.
 # Next: [05](05_gradio_chat.ipynb) puts the adapter behind a page, and a safety layer around it.
