@@ -124,13 +124,13 @@ def reword(question: str, rng: random.Random) -> str:
 class Shares:
     """How much of each register: of turns in transcripts, and of pages of each kind."""
 
-    facts: float = 0.4
-    prose: float = 0.07
+    facts: float = 0.65
+    prose: float = 0.1
     untagged: float = 0.85  # the same answers, among the pages of untagged questions
     voice: float = 0.0  # answers in the dialogues' own voice, among the tagged turns
-    transcripts: float = 0.5
-    magazines: float = 0.2
-    articles: float = 0.06  # the rest of the pages are questions and answers without tags
+    transcripts: float = 0.45
+    magazines: float = 0.15
+    articles: float = 0.08  # the rest of the pages are questions and answers without tags
 
 
 class Pages:
@@ -613,16 +613,16 @@ def parse() -> argparse.Namespace:
     add("--text", default=str(ROOT / "assets/pretraining")), add("--out", required=True)
     add("--dialogues", default=str(ROOT / "assets/sample_dialogues.jsonl"))
     add("--results"), add("--state"), add("--seed", type=int, default=0)
-    add("--width", type=int, default=320), add("--layers", type=int, default=8)
-    add("--heads", type=int, default=8), add("--vocab", type=int, default=4096)
-    add("--tokens", type=float, default=100e6), add("--passes", type=int, default=1)
-    add("--batch", type=int, default=128), add("--rate", type=float, default=2e-3)
+    add("--width", type=int, default=320), add("--layers", type=int, default=7)
+    add("--heads", type=int, default=5), add("--vocab", type=int, default=6144)
+    add("--tokens", type=float, default=80e6), add("--passes", type=int, default=1)
+    add("--batch", type=int, default=64), add("--rate", type=float, default=2e-3)
     add("--minutes", type=float, default=6.0), add("--steps", type=int)
     for share in fields(Shares):
         add(f"--share-{share.name}", type=float, default=share.default)
-    add("--passages", type=int, default=60_000), add("--dropout", type=float, default=0.0)
+    add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
-    add("--anchor", type=float, default=0.0)
+    add("--anchor", type=float, default=-13.0)
     return parser.parse_args()
 
 
