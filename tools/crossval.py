@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -354,6 +355,15 @@ def forecast(setup: Setup, left: Sequence[str]) -> str:
     return f"predicted {minutes:.0f} min of training on {card['machine']}, answers not counted"
 
 
+def processor() -> str:
+    """The GPU's or the CPU's own name, and how many threads it computes with."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} thread"
+
+
 def make_parts(setup: Setup, wanted: Sequence[str], say: Callable = print) -> None:
     """Make the parts that are missing, one after another, and say how long the rest takes."""
     left = [name for name in wanted if not setup.read(name)]
@@ -365,7 +375,8 @@ def make_parts(setup: Setup, wanted: Sequence[str], say: Callable = print) -> No
         made = runner(setup, name)()
         seconds = time.perf_counter() - began
         half = setup.folder / f"{name}.tmp"
-        half.write_text(json.dumps(made | {"stamp": setup.stamp, "part_seconds": seconds}))
+        made |= {"stamp": setup.stamp, "part_seconds": seconds, "machine": processor()}
+        half.write_text(json.dumps(made))
         half.replace(setup.folder / f"{name}.json")
         guessed, spent = guessed + expected(name), spent + seconds
         rest = sum(map(expected, left[k + 1 :])) * spent / guessed / 60
@@ -385,6 +396,7 @@ def publish(setup: Setup, out: Path) -> bool:
     head = provenance("fine-tuning against simpler systems, out of fold", command)
     old = json.loads(out.read_text()) if out.exists() else {}
     kept = {name: found for name, found in old.items() if name not in head}
+    figures["machines"] = sorted({part["machine"] for part in parts.values()})
     kept[setup.name] = figures | {key: head[key] for key in ("command", "date", "commit")}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(head | kept, indent=1) + "\n")
