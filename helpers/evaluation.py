@@ -237,6 +237,12 @@ def token_losses(
 
     Raises:
         ValueError: if there are no rows, or one has no token to score.
+
+    Example:
+        >>> token_losses(None, None, [], size=1, max_length=8)
+        Traceback (most recent call last):
+        ...
+        ValueError: there is no row to score within max_length = 8: check both
     """
     rows = [(ids[:max_length], start) for ids, start in rows]
     losses, tokens = np.zeros(len(rows)), np.array([len(ids) - start for ids, start in rows])

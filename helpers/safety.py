@@ -231,13 +231,23 @@ def _runs(words: list[str], mark: str) -> set[str]:
 
 
 def pieces(plain: str) -> list[str]:
-    """The whole text, then its sentences if there are several; at most 24 words each."""
+    """The whole text, then its sentences if there are several; at most 24 words each.
+
+    Example:
+        >>> pieces("i am fine")    # one sentence: the whole text alone
+        ['i am fine']
+    """
     several = [piece.strip() for piece in PIECE.findall(plain) if len(piece) > 12]
     return [plain, *several] if len(several) > 1 else [plain]
 
 
 def lean(found: dict[Rule, bool], piece: bool) -> float:
-    """What is added to the classifier's score: for plain phrases, what was taken back, a piece."""
+    """What is added to the classifier's score: for plain phrases, what was taken back, a piece.
+
+    Example:
+        >>> lean({}, piece=False)    # no rule spoke, and it is the whole text
+        0.0
+    """
     kinds = {rule.kind for rule, stands in found.items() if stands}
     return AT_ONCE * bool(kinds & {*ALWAYS}) - SURER * bool(found and not kinds) - PIECEMEAL * piece
 
