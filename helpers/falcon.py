@@ -300,7 +300,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
             longer than `MAX_PACKED_LENGTH`; `helpers.speed.hand_over_starts` checks that.
 
     Returns:
-        (length, heads, dim), dtype of `q`.
+        (1, length, heads * dim), dtype of `q`.
 
     Raises:
         NotImplementedError: on a CPU, which has no such kernel.
@@ -316,9 +316,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
         raise NotImplementedError("packed rows need a GPU of capability 8.0: set PACKED = False")
     q, k, v = (rearrange(t, "1 h l d -> l h d") for t in (q, k, v))
     longest = MAX_PACKED_LENGTH
-    return torch.ops.aten._flash_attention_forward(
+    out = torch.ops.aten._flash_attention_forward(
         q, k, v, starts, starts, longest, longest, 0.0, True, False
     )[0]
+    return rearrange(out, "l h d -> 1 l (h d)")
 
 
 class MultiQueryAttention(modeling_falcon.FalconAttention):
@@ -348,8 +349,7 @@ class MultiQueryAttention(modeling_falcon.FalconAttention):
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
         if attention_mask is not None and attention_mask.ndim == 1:
-            out = packed_attention(q, k, v, attention_mask)
-            return self.dense(rearrange(out, "l h d -> 1 l (h d)")), None
+            return self.dense(packed_attention(q, k, v, attention_mask)), None
         length = q.shape[2]
         if length == 1:
             q = rearrange(q, "b h 1 d -> b 1 h d")

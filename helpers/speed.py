@@ -56,6 +56,13 @@ def use_packed_rows(trainer: Trainer) -> None:
 
     Raises:
         ValueError: if the GPU is older than capability 8.0, or attention is not fused.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> use_packed_rows(SimpleNamespace(model=nn.Linear(2, 2)))
+        Traceback (most recent call last):
+        ...
+        ValueError: packed rows need a GPU of capability 8.0 and fused attention: set PACKED = False
     """
     parts = list(trainer.model.modules())
     fused = any(isinstance(part, MultiQueryAttention) for part in parts)
@@ -277,7 +284,7 @@ def product8(layer: LeanLora, x: Tensor) -> Tensor:
         ...
         AttributeError: 'Linear' object has no attribute 'q_w'
     """
-    parts = (getattr(layer, "q_" + part) for part in PARTS)
+    parts = [getattr(layer, "q_" + part) for part in PARTS]
     return Product8.apply(x, *parts, layer.q_peak, layer.q_shape)
 
 

@@ -177,10 +177,10 @@ print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
 # optimizer's state that is paged, never the weights.
 #
 # ## 4. Order of rows
-# On a GPU that computes in bf16 four mends make a step about four times as fast. Rows are packed:
+# On a GPU that computes in bf16 three mends make a step several times as fast. Rows are packed:
 # laid end to end with no padding, none seeing another. LoRA adds onto what the 4-bit product has
 # written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
-# pays for keeping activations, so no block is computed twice. The fourth, `FP8`, multiplies in
+# pays for keeping activations, so no block is computed twice. A fourth, `FP8`, multiplies in
 # eight bits; as it rounds more coarsely, it is off unless you ask.
 
 # %%
