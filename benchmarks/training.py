@@ -271,6 +271,8 @@ def main() -> None:
     parser.add_argument("--cpu-rehearsal", action="store_true")
     arguments = parser.parse_args()
     began, bench, figures = time.perf_counter(), Bench(arguments), {"ablation": {}}
+    if bench.small:
+        figures["rehearsal"] = True  # what needs a GPU was left out of every variant
 
     def keep(name: str, measure: Callable[[], dict], into: dict[str, Any]) -> None:
         if time.perf_counter() - began > arguments.seconds:

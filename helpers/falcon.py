@@ -341,17 +341,15 @@ class MultiQueryAttention(modeling_falcon.FalconAttention):
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Attend; (batch, length, hidden) in and out, in the dtype of the input."""
-        qkv = rearrange(
-            self.query_key_value(hidden_states), "b l (h d) -> b h l d", d=self.head_dim
-        )
+        qkv = self.query_key_value(hidden_states)
+        qkv = rearrange(qkv, "b l (h d) -> b h l d", d=self.head_dim)
         q, k, v = qkv.split([self.num_heads, 1, 1], dim=1)
         q, k = modeling_falcon.apply_rotary_pos_emb(q, k, *position_embeddings)
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
         if attention_mask is not None and attention_mask.ndim == 1:
             return self.dense(packed_attention(q, k, v, attention_mask)), None
-        length = q.shape[2]
-        if length == 1:
+        if q.shape[2] == 1:
             q = rearrange(q, "b h 1 d -> b 1 h d")
             out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
             return self.dense(rearrange(out, "b 1 h d -> b 1 (h d)")), None
