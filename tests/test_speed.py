@@ -22,7 +22,7 @@ def adapted():
     """The tiny Falcon with adapters that do something."""
     torch.manual_seed(0)
     lora = LoraConfig(
-        r=4, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM",
+        r=4, lora_alpha=12, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM",
         init_lora_weights=False,
     )  # fmt: skip
     model = get_peft_model(load_falcon(TINY.model, TINY), lora).train()
