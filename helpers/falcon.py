@@ -32,6 +32,7 @@ OLD_KEYS = {
     "n_head_kv": "num_kv_heads",
 }
 FALCON_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
+MAX_PACKED_LENGTH = 2048  # tokens a row; an upper bound on the longest is all that the kernel needs
 LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 _LIBRARY_MASK = modeling_falcon.create_causal_mask
 
@@ -286,12 +287,48 @@ def keep_cpu_layout(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    """Causal attention inside each of several rows laid end to end, none of which sees another.
+
+    The kernel is the one behind PyTorch's own flash attention; it takes many query heads to one
+    key/value head as they are.
+
+    Args:
+        q: (1, heads, length, dim), float16 or bfloat16, on a GPU of capability 8.0 or newer.
+        k, v: (1, 1, length, dim), the one key/value head.
+        starts: (n_rows + 1,) int32, where each row begins, and the length of all. No row may be
+            longer than `MAX_PACKED_LENGTH`; `helpers.speed.hand_over_starts` checks that.
+
+    Returns:
+        (1, length, heads * dim), dtype of `q`.
+
+    Raises:
+        NotImplementedError: on a CPU, which has no such kernel.
+
+    Example:
+        >>> q = torch.zeros(1, 71, 5, 64)    # rows of 3 and 2 tokens, were this a GPU
+        >>> packed_attention(q, q[:, :1], q[:, :1], torch.tensor([0, 3, 5], dtype=torch.int32))
+        Traceback (most recent call last):
+        ...
+        NotImplementedError: packed rows need a GPU of capability 8.0: set PACKED = False
+    """
+    if not q.is_cuda:
+        raise NotImplementedError("packed rows need a GPU of capability 8.0: set PACKED = False")
+    q, k, v = (rearrange(t, "1 h l d -> l h d") for t in (q, k, v))
+    longest = MAX_PACKED_LENGTH
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False
+    )[0]
+    return rearrange(out, "l h d -> 1 l (h d)")
+
+
 class MultiQueryAttention(modeling_falcon.FalconAttention):
     """Falcon's attention with its one key/value head shared by all query heads, in fast kernels.
 
     The library hands the kernel 71 query heads and one key/value head, which only the slow
     fp32 kernel takes. Here many queries get an expanded view of the head; a single query (one
     new token) is turned instead: its heads become rows of one head. Same numbers, same layers.
+    A mask of one dimension is no mask: it says where each of several packed rows begins.
     """
 
     def forward(
@@ -304,15 +341,15 @@ class MultiQueryAttention(modeling_falcon.FalconAttention):
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Attend; (batch, length, hidden) in and out, in the dtype of the input."""
-        qkv = rearrange(
-            self.query_key_value(hidden_states), "b l (h d) -> b h l d", d=self.head_dim
-        )
+        qkv = self.query_key_value(hidden_states)
+        qkv = rearrange(qkv, "b l (h d) -> b h l d", d=self.head_dim)
         q, k, v = qkv.split([self.num_heads, 1, 1], dim=1)
         q, k = modeling_falcon.apply_rotary_pos_emb(q, k, *position_embeddings)
         if layer_past is not None:
             k, v = layer_past.update(k, v, self.layer_idx)
-        length = q.shape[2]
-        if length == 1:
+        if attention_mask is not None and attention_mask.ndim == 1:
+            return self.dense(packed_attention(q, k, v, attention_mask)), None
+        if q.shape[2] == 1:
             q = rearrange(q, "b h 1 d -> b 1 h d")
             out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
             return self.dense(rearrange(out, "b 1 h d -> b 1 (h d)")), None
@@ -326,9 +363,12 @@ def causal_mask_or_none(**kwargs) -> Tensor | None:
     """A mask only where one is needed: no padding, or padding on the right, needs none.
 
     With padding on the right every real token sees only real tokens before it, so causal
-    attention alone is exact; what padding computes is masked in the loss.
+    attention alone is exact; what padding computes is masked in the loss. The starts of packed
+    rows, one dimension, go on as they are.
     """
     mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None and mask.ndim == 1:
+        return mask
     seen = 0 if past is None else past.get_seq_length()
     if kwargs["inputs_embeds"].shape[1] == 1 or seen or isinstance(past, StaticCache):
         return _LIBRARY_MASK(**kwargs)

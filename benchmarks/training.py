@@ -1,0 +1,322 @@
+"""Notebook 03's training against the original's recipe, interleaved in one process on one GPU.
+
+    python benchmarks/training.py --model falcon-7b-random --data rows.jsonl
+
+It trains the recipe of `benchmarks/seed.py` and ours in turns, then ours alone with each mend off.
+Both learn all tokens of the same rows, 64 a step. Useful tokens are those of the batches seen,
+padding not counted. A step lasts from the end of the one before to its own end. A variant that
+fails leaves its error instead of figures. The file is written anew after each variant, so that a
+run cut short keeps what it has. Writes results/<gpu>/training.json; --out names another file.
+On a CPU, `--cpu-rehearsal` goes through it all in fp32, without packing and compilation.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from benchmarks.seed import load_seed_base, seed_trainer
+from helpers.dialogues import load_dialogues, to_prompt_completion
+from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
+from helpers.profiles import A100, GIB, TINY, Profile
+from helpers.training import row_order
+from tools.mends import Mends, use_mends
+from tools.results import provenance, this_command, write_result
+
+PARAMETERS = 6.64e9  # Falcon-7B's linears in 4 bits
+ALL = Mends(packed=True, lean=True, compiled=True)
+VARIANTS: dict[str, dict[str, Any]] = {  # after `ours`, in the order in which they are measured
+    "with fp8": {"mends": replace(ALL, float8=True)},
+    "without packing": {"mends": replace(ALL, packed=False)},
+    "without compilation": {"mends": replace(ALL, compiled=False)},
+    "without lean LoRA": {"mends": replace(ALL, lean=False)},
+    "without fused attention and packing": {"mends": replace(ALL, packed=False), "fused": False},
+    "8 x 8 rows": {"mends": ALL, "batch": 8},
+    "16 x 4 rows, checkpointing": {"mends": ALL, "again": True},
+    "8 x 8 rows, checkpointing": {"mends": ALL, "batch": 8, "again": True},
+    "with fp8, 8 x 8 rows, checkpointing": {
+        "mends": replace(ALL, float8=True), "batch": 8, "again": True,
+    },
+}  # fmt: skip
+
+
+class Meter(TrainerCallback):
+    """Seconds and useful tokens of each optimizer step."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.steps: list[tuple[float, int]] = []
+        self.seen: list[torch.Tensor | int] = []
+        self.since = 0.0
+        inner = trainer.training_step
+
+        def training_step(model, inputs, *args, **kwargs):
+            mask = inputs.get("attention_mask")
+            self.seen.append(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return inner(model, inputs, *args, **kwargs)
+
+        trainer.training_step = training_step
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        synchronize()
+        self.seen, self.since = [], time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Close a step."""
+        synchronize()
+        now = time.perf_counter()
+        self.steps.append((now - self.since, int(sum(self.seen))))
+        self.seen, self.since = [], now
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Forget what is no longer used: memory, compiled code, the peak."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """The peak since `free`; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def estimate(values: list[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {
+        "value": statistics.median(values), "low": min(values), "high": max(values),
+        "n": len(values),
+    }  # fmt: skip
+
+
+def summary(steps: list[tuple[float, int]]) -> dict[str, Any]:
+    """What the steps of one variant come to."""
+    return {
+        "useful_tokens_per_s": estimate([tokens / seconds for seconds, tokens in steps]),
+        "step_s": estimate([seconds for seconds, _ in steps]),
+        "useful_tokens_per_step": estimate([tokens for _, tokens in steps]),
+    }
+
+
+def roofline() -> dict[str, float]:
+    """bf16 TFLOP/s of a square product of 8,192, which no training step can pass."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found = []
+    for _ in range(25):
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        synchronize()
+        found.append(5 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12)
+    return estimate(found[5:])
+
+
+class Bench:
+    """Rows, profile and folder of one run of this benchmark."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        base = TINY if arguments.cpu_rehearsal else A100
+        self.profile: Profile = replace(base, model=arguments.model or base.model)
+        self.small, self.folder = arguments.cpu_rehearsal, tempfile.mkdtemp()
+        pairs = to_prompt_completion(load_dialogues(arguments.data or base.dataset)[0])
+        self.texts = [p + c for p, c in zip(pairs["prompt"], pairs["completion"], strict=True)]
+        tokenizer = load_tokenizer(self.profile.model)
+        self.lengths = [len(ids) + 1 for ids in tokenizer(self.texts).input_ids]
+        self.rows = 8 if self.small else 64
+
+    def data(self, batch: int, steps: int) -> Dataset:
+        """Rows in our order; `batch` is 0 if they are padded."""
+        order = row_order(self.lengths, self.rows, steps, seed=0, packed=batch)
+        return Dataset.from_dict({"text": [self.texts[i] for i in order]})
+
+    def shape(self, batch: int) -> dict[str, int]:
+        """Rows of a micro-batch, and how many make a step of 64; eighths in a rehearsal."""
+        batch = batch // 8 if self.small else batch
+        return {"per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": self.rows // batch}  # fmt: skip
+
+    def seed(self, steps: int, dropout: float = 0.05, **others: Any) -> SFTTrainer:
+        """The original's trainer on a base of its own."""
+        set_seed(0)
+        base = load_seed_base(self.profile)
+        in_order = others.get("train_sampling_strategy") == "sequential"
+        rows = self.data(0, steps) if in_order else Dataset.from_dict({"text": self.texts})
+        others = self.shape(16) | others
+        return seed_trainer(base, self.profile, rows, self.folder, steps, dropout, **others)
+
+    def ours(
+        self, steps: int, mends: Mends = ALL, fused: bool = True, batch: int = 16,
+        again: bool = False, dropout: float = 0.05,
+    ) -> SFTTrainer:  # fmt: skip
+        """Notebook 03's trainer on a base of its own; `again` turns checkpointing on."""
+        set_seed(0)
+        if self.small:
+            mends = Mends(lean=mends.lean)
+        base = load_falcon(self.profile.model, self.profile)
+        use_fused_attention(base, fused)
+        shape = self.shape(batch)
+        rows = self.data(shape["per_device_train_batch_size"] * mends.packed, steps)
+        trainer = seed_trainer(
+            base, self.profile, rows, self.folder, steps, dropout, **shape,
+            activation_checkpointing=again, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        use_mends(trainer, mends)
+        return trainer
+
+
+def train(trainer: SFTTrainer, meter: Meter, fused: bool = True) -> list[tuple[float, int]]:
+    """Train once more from where the adapters are; gives the steps of this time."""
+    use_fused_mask(trainer, fused)
+    before = len(meter.steps)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    return meter.steps[before:]
+
+
+def use_fused_mask(trainer: SFTTrainer, fused: bool) -> None:
+    """The mask of fused attention is the process's own, so it changes hands with the turn."""
+    use_fused_attention(trainer.model, fused)
+
+
+def in_turns(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
+    """Both recipes, phase by phase; the first step of each phase only warms up."""
+    free()
+    seed = bench.seed(steps)
+    seed_meter = Meter(seed)
+    train(seed, seed_meter, fused=False)
+    figures = {"seed": {"peak_gib": peak_gib()}}
+    ours = bench.ours(steps)
+    our_meter = Meter(ours)
+    began = time.perf_counter()
+    train(ours, our_meter)
+    figures["ours"] = {"warmup_s": time.perf_counter() - began}
+    phases: dict[str, list[tuple[float, int]]] = {"seed": [], "ours": []}
+    for _ in range(rounds):
+        phases["seed"] += train(seed, seed_meter, fused=False)[1:]
+        phases["ours"] += train(ours, our_meter)[1:]
+    for name, timed in phases.items():
+        figures[name] |= summary(timed)
+    pace = {name: figures[name]["useful_tokens_per_s"] for name in phases}
+    figures["ratio"] = {
+        "value": pace["ours"]["value"] / pace["seed"]["value"],
+        "low": pace["ours"]["low"] / pace["seed"]["high"],
+        "high": pace["ours"]["high"] / pace["seed"]["low"],
+        "n": min(pace[name]["n"] for name in phases),
+    }
+    return figures
+
+
+def alone(bench: Bench, steps: int, **variant: Any) -> dict[str, Any]:
+    """One variant of ours by itself, with its own peak."""
+    free()
+    trainer, fused = bench.ours(steps, **variant), variant.get("fused", True)
+    meter = Meter(trainer)
+    train(trainer, meter, fused)
+    return summary(train(trainer, meter, fused)[1:]) | {"peak_gib": peak_gib()}
+
+
+def losses(bench: Bench) -> dict[str, Any]:
+    """Both recipes without dropout on the same rows: losses and gradient norms, step by step."""
+    found: dict[str, Any] = {}
+    for name, build in {
+        "seed": lambda: bench.seed(3, 0.0, train_sampling_strategy="sequential"),
+        "ours": lambda: bench.ours(3, dropout=0.0),
+    }.items():
+        free()
+        trainer = build()
+        train(trainer, Meter(trainer), fused=name == "ours")
+        log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        found[name] = {key: [entry[key] for entry in log] for key in ("loss", "grad_norm")}
+        del trainer
+    return found
+
+
+def main() -> None:
+    """Measure everything there is time for, and write it down each time."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", help="folder of a Falcon-7B")
+    parser.add_argument("--data", help="rows, as notebook 01 reads them")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, 5 or more")
+    parser.add_argument("--out", help="instead of results/<gpu>/training.json")
+    parser.add_argument("--seconds", type=float, default=470, help="begin no variant after these")
+    parser.add_argument("--only", nargs="*", help="these variants of ours, and nothing else")
+    parser.add_argument("--cpu-rehearsal", action="store_true")
+    arguments = parser.parse_args()
+    began, bench, figures = time.perf_counter(), Bench(arguments), {"ablation": {}}
+    if bench.small:
+        figures["rehearsal"] = True  # what needs a GPU was left out of every variant
+
+    def keep(name: str, measure: Callable[[], dict], into: dict[str, Any]) -> None:
+        if time.perf_counter() - began > arguments.seconds:
+            into[name] = {"error": "not measured: out of time"}
+        else:
+            try:
+                into[name] = measure()
+            except Exception as error:  # one variant's fault must not cost the others
+                text = str(error).strip() or "no text"
+                into[name] = {"error": f"{type(error).__name__}: {text.splitlines()[0][:300]}"}
+        print(f"{time.perf_counter() - began:5.0f} s  {name}: {json.dumps(into[name])}", flush=True)
+        write(figures, arguments.out)
+
+    timed = 2
+    rounds = -(-arguments.steps // timed)
+    if torch.cuda.is_available():
+        keep("matmul_tflops", roofline, figures)
+    if not arguments.only:
+        both: dict[str, Any] = {}
+        keep("in turns", lambda: in_turns(bench, rounds, timed + 1), both)
+        figures |= both["in turns"]
+        keep("ours, alone", lambda: alone(bench, timed + 1), figures["ablation"])
+        if "ours" in figures and "peak_gib" in figures["ablation"]["ours, alone"]:
+            figures["ours"]["peak_gib"] = figures["ablation"]["ours, alone"]["peak_gib"]
+        if "ours" in figures and "matmul_tflops" in figures:
+            useful = 4 * PARAMETERS * figures["ours"]["useful_tokens_per_s"]["value"] / 1e12
+            figures["useful_tflops"] = useful
+            figures["roofline_fraction"] = useful / figures["matmul_tflops"]["value"]
+        keep("without_dropout", lambda: losses(bench), figures)
+    for name, variant in VARIANTS.items():
+        if not arguments.only or name in arguments.only:
+            keep(name, lambda v=variant: alone(bench, timed + 1, **v), figures["ablation"])
+    shutil.rmtree(bench.folder)
+
+
+def write(figures: dict[str, Any], out: str | None) -> None:
+    """Write what is known by now."""
+    figure, command = "training: the original's recipe and ours", this_command()
+    if out is None:
+        write_result("training", figures, figure, command)
+        return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(provenance(figure, command) | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
