@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # after `ours`, in the order in which t
     "with fp8": {"mends": replace(ALL, float8=True)},
     "without packing": {"mends": replace(ALL, packed=False)},
     "without compilation": {"mends": replace(ALL, compiled=False)},
-    "without lean LoRA": {"mends": replace(ALL, lean=False)},
+    "without lean LoRA and packing": {"mends": replace(ALL, lean=False, packed=False)},
     "without fused attention and packing": {"mends": replace(ALL, packed=False), "fused": False},
     "8 x 8 rows": {"mends": ALL, "batch": 8},
     "16 x 4 rows, checkpointing": {"mends": ALL, "again": True},
