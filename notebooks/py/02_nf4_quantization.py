@@ -374,7 +374,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # This page on a Falcon-7B of random weights and the true shape, measured:
 #
 # <!-- table
-# column: H200, random weights = results/h200/falcon7b.json
+# column: H100, random weights = results/h100/falcon7b.json
 # row: `Linear4bit` layers = quantization.linear4bit
 # row: Bytes predicted = quantization.predicted_bytes
 # row: Bytes stored = quantization.stored_bytes
@@ -383,7 +383,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # row: Peak host memory, GiB = quantization.peak_host_gib
 # row: Seconds for the page = quantization.page_seconds
 # -->
-# | | H200, random weights |
+# | | H100, random weights |
 # | --- | ---: |
 # | `Linear4bit` layers | 128 |
 # | Bytes predicted | 3,418,124,032 |
@@ -391,9 +391,9 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # | Stored to predicted | 1 |
 # | Peak GPU memory, GiB | 3.95 |
 # | Peak host memory, GiB | 13.9 |
-# | Seconds for the page | 4.2 |
+# | Seconds for the page | 3 |
 #
-# Measured on H200, random weights: NVIDIA H200, 2026-11-24, [falcon7b.json](../results/h200/falcon7b.json).
+# Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [falcon7b.json](../results/h100/falcon7b.json).
 # <!-- end -->
 #
 # We see the stored bytes meet the prediction here too, and a GPU peak not far above the sum of NF4
