@@ -402,8 +402,40 @@ for name, way in ways.items():
 
 # %% [markdown]
 # We see tokens per second, one line for each way. On a GPU the second line shows what compiling
-# is worth; a laptop has only the first, and needs no more for a model this small. For Falcon-7B no
-# speed of decoding has been measured for this project yet.
+# is worth; a laptop has only the first, and needs no more for a model this small.
+
+# %% [markdown] tags=["results-table"]
+# Falcon-7B of random weights, the original's `generate` and the compiled step in turns:
+#
+# <!-- table
+# column: H100, random weights = results/h100/decoding.json
+# row: Tokens a second, adapter on, `generate` as the original called it = seed
+# row: Tokens a second, adapter on, compiled = adapter
+# row: Tokens a second, base, as the original called it = seed base
+# row: Tokens a second, base, compiled = base
+# row: Compiled over original, adapter on = ratio
+# row: First token after a prompt of 300, ms = first_token_ms
+# row: 18 prompts in one batch over one by one the original's way = 18_prompts.ratio
+# row: Seconds to compile = warmup_s.adapter
+# row: Peak GPU memory, GiB = peak_gib
+# -->
+# | | H100, random weights |
+# | --- | ---: |
+# | Tokens a second, adapter on, `generate` as the original called it | 20.4 (18.2 to 22.4, n = 5) |
+# | Tokens a second, adapter on, compiled | 118 (114 to 124, n = 5) |
+# | Tokens a second, base, as the original called it | 32.6 (30.7 to 34.5, n = 5) |
+# | Tokens a second, base, compiled | 146 (135 to 150, n = 5) |
+# | Compiled over original, adapter on | 5.81 (5.08 to 6.82, n = 5) |
+# | First token after a prompt of 300, ms | 59.4 (57.3 to 65.6, n = 7) |
+# | 18 prompts in one batch over one by one the original's way | 38.6 |
+# | Seconds to compile | 40.6 |
+# | Peak GPU memory, GiB | 4.28 |
+#
+# Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [decoding.json](../results/h100/decoding.json).
+# <!-- end -->
+
+# %% [markdown]
+# [Why it is fast](../docs/speed.md) has the rest.
 #
 # ## 11. Save
 # The comparison is kept, so that it can be read without running anything. We put the article's
