@@ -157,6 +157,7 @@ def test_the_first_process_alone_speaks_and_writes(two: Run) -> None:
     assert len(list((two.root / "artifacts/wandb").rglob("*.wandb"))) == 1
     first, second = ({Path(w).name for w in rank["written"]} for rank in two.ranks)
     assert {"README.md", "adapter_config.json"} <= first
+    second = {name for name in second if not name.isdigit()}  # a number is an open pipe, no file
     assert second <= {"ended.txt"}, f"the second process wrote {second}"
 
 

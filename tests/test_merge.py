@@ -74,7 +74,7 @@ def test_merged_as_trained_it_is_the_4_bit_base_with_the_adapter(tmp_path: Path)
 
 def test_merging_in_4_bits_swallows_what_a_16_bit_merge_keeps() -> None:
     found = swallowed(Path(TINY.model), TINY.adapter)
-    assert found["in_4_bits"] < 0.2 and found["codes_changed"] < 0.01
+    assert found["in_4_bits"] < 0.3 and found["codes_changed"] < 0.03
     assert found["quantized_again"] == pytest.approx(1, abs=0.1)
 
 
@@ -166,9 +166,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     shutil.copytree(TINY.adapter, tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     weights = load_file(file)
-    longer = {name.replace(".h.7.", ".h.70."): value for name, value in weights.items()}
+    longer = {name.replace(".h.6.", ".h.60."): value for name, value in weights.items()}
     save_file(longer, file)
-    with pytest.raises(ValueError, match=r"the base has no transformer\.h\.70\..* with BASE="):
+    with pytest.raises(ValueError, match=r"the base has no transformer\.h\.60\..* with BASE="):
         tool.merge(TINY.model, tmp_path / "adapter", tmp_path / "out")
     narrow = {name: v[..., :16].contiguous() for name, v in weights.items()}
     save_file(narrow, file)
@@ -193,4 +193,5 @@ def test_no_more_than_one_shard_is_held(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(tool, "save_file", spy_write)
     monkeypatch.setattr(tool, "read_shard", spy_read)
     tool.merge(TINY.model, TINY.adapter, tmp_path / "out", rounded=False)
-    assert held == [0] * 8 and len(written) == 51
+    index = json.loads((Path(TINY.model) / "model.safetensors.index.json").read_text())
+    assert held == [0] * 8 and len(written) == len(index["weight_map"])
