@@ -56,6 +56,31 @@ VARIANTS: dict[str, dict[str, Any]] = {  # after `ours`, in the order in which t
 }  # fmt: skip
 
 
+LESS_MEMORY = ("8 x 8 rows", "8 x 8 rows, checkpointing")
+
+
+def memory_points(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Variants that take less memory: their share of the original's peak, and times its speed."""
+    seed = figures.get("seed", {})
+    measured = figures["ablation"] | figures.get("second_run", {}).get("ablation", {})
+    found = {name: measured[name] for name in LESS_MEMORY if "peak_gib" in measured.get(name, {})}
+    return {
+        name: {
+            "share_of_seed_peak": variant["peak_gib"] / seed["peak_gib"],
+            "ratio": variant["useful_tokens_per_s"]["value"] / seed["useful_tokens_per_s"]["value"],
+        }
+        for name, variant in found.items()
+        if "useful_tokens_per_s" in seed
+    }
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A run that was cut short and, under `second_run`, one with --only what it lacked."""
+    whole = {name: v for name, v in first["ablation"].items() if "error" not in v}
+    both = first | {"ablation": whole, "second_run": second}
+    return both | {"memory_points": memory_points(both)}
+
+
 class Meter(TrainerCallback):
     """Seconds and useful tokens of each optimizer step."""
 
@@ -269,7 +294,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=470, help="begin no variant after these")
     parser.add_argument("--only", nargs="*", help="these variants of ours, and nothing else")
     parser.add_argument("--cpu-rehearsal", action="store_true")
+    parser.add_argument("--join", nargs=2, type=Path, help="a cut run's file and a second's, only")
     arguments = parser.parse_args()
+    if arguments.join:
+        both = joined(*(json.loads(path.read_text()) for path in arguments.join))
+        Path(arguments.out).write_text(json.dumps(both, indent=2) + "\n")
+        return
     began, bench, figures = time.perf_counter(), Bench(arguments), {"ablation": {}}
     if bench.small:
         figures["rehearsal"] = True  # what needs a GPU was left out of every variant
@@ -305,6 +335,8 @@ def main() -> None:
     for name, variant in VARIANTS.items():
         if not arguments.only or name in arguments.only:
             keep(name, lambda v=variant: alone(bench, timed + 1, **v), figures["ablation"])
+    figures["memory_points"] = memory_points(figures)
+    write(figures, arguments.out)
     shutil.rmtree(bench.folder)
 
 

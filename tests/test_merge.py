@@ -74,7 +74,7 @@ def test_merged_as_trained_it_is_the_4_bit_base_with_the_adapter(tmp_path: Path)
 
 def test_merging_in_4_bits_swallows_what_a_16_bit_merge_keeps() -> None:
     found = swallowed(Path(TINY.model), TINY.adapter)
-    assert found["in_4_bits"] < 0.3 and found["codes_changed"] < 0.03
+    assert found["in_4_bits"] < 0.25 and found["codes_changed"] < 0.02
     assert found["quantized_again"] == pytest.approx(1, abs=0.1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.falcon.modeling_falcon import FalconModel
 
+from benchmarks import training as benchmark
 from helpers import falcon, speed
 from helpers.falcon import LINEARS, load_falcon, use_fused_attention
 from helpers.profiles import A100, TINY
@@ -226,3 +227,20 @@ def test_a_product_in_fp8_is_close_forward_and_backward(adapted, monkeypatch) ->
         results.append((y.detach(), grad))
     for ours, exact in zip(*results, strict=True):
         assert 0 < (ours - exact).norm() < 0.08 * exact.norm()
+
+
+def test_a_second_run_fills_what_the_first_lacked() -> None:
+    def pace(value: float, peak: float) -> dict:
+        return {"useful_tokens_per_s": {"value": value}, "peak_gib": peak}
+
+    first = {
+        "seed": pace(100, 16),
+        "ablation": {"8 x 8 rows": pace(400, 8), "late": {"error": "x"}},
+    }
+    second = {"ablation": {"8 x 8 rows, checkpointing": pace(300, 4)}}
+    both = benchmark.joined(first, second)
+    assert list(both["ablation"]) == ["8 x 8 rows"] and both["second_run"] == second
+    assert both["memory_points"] == {
+        "8 x 8 rows": {"share_of_seed_peak": 0.5, "ratio": 4},
+        "8 x 8 rows, checkpointing": {"share_of_seed_peak": 0.25, "ratio": 3},
+    }

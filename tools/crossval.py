@@ -394,10 +394,11 @@ def publish(setup: Setup, out: Path) -> bool:
     source = "" if setup.data == TINY.dataset else f" --data ROWS --name {setup.name}"
     command = f"python tools/crossval.py{source}"
     head = provenance("fine-tuning against simpler systems, out of fold", command)
+    figures["machines"] = sorted({part["machine"] for part in parts.values()})
     old = json.loads(out.read_text()) if out.exists() else {}
     kept = {name: found for name, found in old.items() if name not in head}
-    figures["machines"] = sorted({part["machine"] for part in parts.values()})
     kept[setup.name] = figures | {key: head[key] for key in ("command", "date", "commit")}
+    head["machine"] = "; ".join(sorted({m for x in kept.values() for m in x["machines"]}))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(head | kept, indent=1) + "\n")
     return True

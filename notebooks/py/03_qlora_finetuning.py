@@ -176,7 +176,7 @@ print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
 # trained; *paged* means that these may move to host memory when the GPU is full. It is the
 # optimizer's state that is paged, never the weights.
 #
-# ## 4. Order of rows
+# ## 4. What makes it fast, and the order of rows
 # On a GPU that computes in bf16 three mends make a step several times as fast. Rows are packed:
 # laid end to end with no padding, none seeing another. LoRA adds onto what the 4-bit product has
 # written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
@@ -211,7 +211,7 @@ train_rows = Dataset.from_dict(pairs.select(order).to_dict())
 print(f"{profile.max_steps} steps of {rows_per_step} rows; the first begins with {order[:4]}")
 
 # %% [markdown]
-# We see row numbers out of order, those of the first four rows; its longest row opens a step.
+# We see the numbers of the first four rows, out of order: each step begins with its longest row.
 #
 # ## 5. The recipe
 # The article's values, in today's words. `max_seq_length` is now `max_length`, `group_by_length`
@@ -464,7 +464,8 @@ print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_sec
 
 # %% [markdown]
 # We see what one step takes in seconds; times the number of steps, that is nearly all of this
-# page's time. What a step costs on Falcon-7B, measured on a card that we could use, follows.
+# page's time. On a GPU the plan counts padded rows and checkpointing, whatever section 4 chose: if
+# it meets the peak there, that is chance. What a step costs on Falcon-7B, measured on a card that we could use, follows.
 
 # %% [markdown] tags=["results-table"]
 # Twenty steps of this page on a Falcon-7B of random weights and the true shape, A100 profile, the

@@ -433,8 +433,7 @@ for name, way in ways.items():
 #
 # Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [decoding.json](../results/h100/decoding.json).
 # <!-- end -->
-
-# %% [markdown]
+#
 # [Why it is fast](../docs/speed.md) has the rest.
 #
 # ## 11. Save
