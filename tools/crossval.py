@@ -398,7 +398,7 @@ def publish(setup: Setup, out: Path) -> bool:
     old = json.loads(out.read_text()) if out.exists() else {}
     kept = {name: found for name, found in old.items() if name not in head}
     kept[setup.name] = figures | {key: head[key] for key in ("command", "date", "commit")}
-    head["machine"] = "; ".join(sorted({m for x in kept.values() for m in x["machines"]}))
+    head["machine"] = "; ".join(sorted({m for x in kept.values() for m in x.get("machines", ())}))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(head | kept, indent=1) + "\n")
     return True
