@@ -44,6 +44,21 @@ def test_executed_outputs_are_text_and_pictures_only(in_step: Path) -> None:
     assert counts == [1, 2, 3, 4]
 
 
+def test_no_library_is_made_to_speak_on_the_pages(
+    in_step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With WANDB_MODE set, transformers prints a line of its own as soon as it is imported. Page 03
+    # sets the mode itself, so that nobody needs the variable.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    twin = in_step / f"notebooks/py/{FIRST}.py"
+    speaks = "import transformers.integrations.integration_utils"
+    twin.write_text(twin.read_text().replace('print("noise"', f'{speaks}\nprint("noise"'))
+    series.execute(FIRST, in_step)
+    shown = [o.get("text", "") for cell in page(in_step).cells for o in cell.get("outputs", [])]
+    assert "profile auto seed 0\n" in shown, "no line more"
+    assert "WANDB_MODE" not in (series.ROOT / "Makefile").read_text()
+
+
 def test_sync_keeps_the_outputs_of_unchanged_cells_alone(in_step: Path) -> None:
     series.execute(FIRST, in_step)
     twin = in_step / f"notebooks/py/{FIRST}.py"

@@ -382,7 +382,8 @@ def execute(slug: str, root: Path = ROOT, timeout_s: int = 1800) -> float:
     """
     from nbclient import NotebookClient
 
-    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    os.environ.pop("WANDB_MODE", None)  # transformers prints a line of its own for it on the page
+    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     os.environ.update(offline, TOKENIZERS_PARALLELISM="false", GRADIO_ANALYTICS_ENABLED="False")
     path, start = root / f"notebooks/{slug}.ipynb", time.perf_counter()
     notebook = merged(read_twin(slug, root), None)
