@@ -51,7 +51,7 @@ def look_up(data: Any, key: str) -> Any:
 
     Args:
         data: what a results file holds, or None if there is no file.
-        key: names joined by dots.
+        key: names joined by dots; in a list, the place, counted from 0.
 
     Returns:
         What lies there, or None.
@@ -59,8 +59,12 @@ def look_up(data: Any, key: str) -> Any:
     Example:
         >>> look_up({"base": {"eos_rate": 0.1}}, "base.eos_rate"), look_up({}, "base.eos_rate")
         (0.1, None)
+        >>> look_up({"padding": [0.46, 0.2]}, "padding.1"), look_up({"padding": []}, "padding.1")
+        (0.2, None)
     """
     for name in key.split("."):
+        if isinstance(data, list):
+            data = {str(place): item for place, item in enumerate(data)}
         if not isinstance(data, dict) or name not in data:
             return None
         data = data[name]

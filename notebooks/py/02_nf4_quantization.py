@@ -9,12 +9,16 @@
 # 4.127 bits and not 4. You can tell how many bytes a model will take before you download it,
 # and you can catch a loader that says "4 bit" and loads sixteen.
 #
+# To *quantize* is to keep, instead of a number, the index of the nearest one in a short table. The
+# table is the same for all weights; a *scale*, kept for each block of them, says how far it reaches.
+#
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
 # | GPU memory, GiB | not measured yet, see section 5 | not measured yet, see section 5 | none |
 # | Minutes | not measured yet | not measured yet | under 1 |
 #
-# The setup cell finds the helpers and prints what we run on.
+# The setup cell finds the helpers and prints what we run on. In Colab it first installs the pins,
+# and may restart the runtime once: then press *Run all* again.
 
 # %% tags=["setup"]
 import subprocess, sys
@@ -63,9 +67,9 @@ assert torch.equal(levels, bnb.functional.get_4bit_type("nf4", device="cpu"))
 
 # %% [markdown]
 # The assert passed: sixteen equal float32 values. We see gaps from 0.080, next to zero, to 0.304,
-# at the lower end. The article that this series modernises calls the levels "evenly spaced".
-# What is evenly spaced is the probability; evenly spaced levels would have one gap, 2/15 = 0.133,
-# everywhere. `helpers/nf4.py` takes the same road in torch alone.
+# at the lower end. The article calls the levels "evenly spaced". What is evenly spaced is the
+# probability; evenly spaced levels would have one gap, 2/15 = 0.133, everywhere. `helpers/nf4.py`
+# takes the same road in torch alone.
 #
 # Now a real weight, and two other tables to compare with: even spacing, and the 4-bit float FP4.
 # We read one matrix of the first decoder layer from the checkpoint, without the rest of the
@@ -84,8 +88,7 @@ print(f"{tuple(weight.shape)} {weight.dtype}, standard deviation {weight.float()
 tables = {"NF4": nf4.NF4_LEVELS, "uniform": nf4.uniform_levels(), "FP4": nf4.fp4_levels()}
 
 # %% [markdown]
-# The checkpoint holds 16-bit values, and their standard deviation is far below 1; we come back to
-# that. NF4 takes 64 consecutive weights as a block and divides each block by its largest absolute
+# We see 16-bit values with a standard deviation far below 1; we come back to that. NF4 takes 64 consecutive weights as a block and divides each block by its largest absolute
 # value. If the weights are roughly normal, most of them must now lie in the inner half of the
 # range, from -0.5 to 0.5; evenly spread ones would lie there one time in two.
 
@@ -97,7 +100,7 @@ for name, values in {"weights": scaled, **tables}.items():
 assert (scaled.abs() < 0.5).float().mean() > 0.6
 
 # %% [markdown]
-# Most weights lie in the inner half. NF4 spends 62 % of its levels there, even spacing 50 %; FP4
+# We see most weights in the inner half. NF4 spends 62 % of its levels there, even spacing 50 %; FP4
 # has 60 %, but a float spends its levels by powers of two. The picture shows where each of them
 # looks closely.
 
@@ -176,9 +179,10 @@ for value, code in list(zip(block, by_hand, strict=True))[:4]:
     print(f"{value:+.5f} / {absmax:.5f} = {place:+.3f} -> {code:2} -> {restored:+.5f}")
 
 # %% [markdown]
-# Each line reads: the weight, its place in [-1, 1], the index that is stored, the weight we get
-# back. The last column follows the first, but coarsely. bitsandbytes must find the same
-# indices. It packs two of them into a byte, the first in the upper four bits.
+# We see four weights, each with the block's largest absolute value, its place in [-1, 1], the index
+# that is stored, and the weight we get back. The last column follows the first, but coarsely. We
+# predict that bitsandbytes finds the same indices. It packs two of them into a byte, the first in
+# the upper four bits.
 
 # %%
 packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
@@ -188,7 +192,7 @@ assert torch.equal(codes[:64], by_hand.to(torch.uint8))
 assert torch.equal(codes, nf4.quantize_nf4(weight)[0].flatten())
 
 # %% [markdown]
-# Half as many bytes as weights, and not one index differs, straight from the stored 16 bits.
+# We see half as many bytes as weights, and the asserts say that not one index differs.
 #
 # The article also asks for weights of "zero mean and unit variance". NF4 uses neither: only the
 # largest absolute value counts. So a block a thousand times larger must get the same indices. A
@@ -202,8 +206,9 @@ print(f"1,024 times larger: same indices {same}; shifted: {moved} of 64 differ")
 assert same and moved > 32
 
 # %% [markdown]
-# Multiplying changes nothing (`True`); shifting moves most indices. Weights that happen to lie
-# around zero suit NF4; no step of it puts them there.
+# We see True: multiplying changes nothing. Shifting moves most indices. The block's own mean and
+# standard deviation, printed first, enter nowhere. Weights that happen to lie around zero suit NF4;
+# no step of it puts them there.
 #
 # ## 3. Why 4.127 bits
 # The scales cost something too. One 32-bit scale for 64 weights is half a bit a weight: 4.5 in
@@ -218,8 +223,8 @@ print(f"{nf4.predicted_bits(False)} bits once, {nf4.predicted_bits():.4f} twice;
 assert abs(bits - nf4.predicted_bits()) < 0.001
 
 # %% [markdown]
-# Predicted and held agree at 4.127 bits: double quantization gives back 0.373 of the half bit.
-# The price is one more rounding, of the scales; exercise 3 measures it.
+# We see 4.1270 bits predicted and the same held: double quantization gives back 0.373 of the half
+# bit. The price is one more rounding, of the scales; exercise 3 measures it.
 #
 # ## 4. Why the checkpoint comes in shards
 # First the shapes, without a byte of memory: on the "meta" device a model has shapes and no
@@ -246,16 +251,16 @@ print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest /
 assert biggest <= 2 * whole / len(parts)
 
 # %% [markdown]
-# The last figure is what a loader that reads one file at a time would ask of the host: the biggest
-# shard instead of the whole. What today's really takes was not told apart from mapped files yet. Today's loaders map files into memory and could do without shards; downloads that
-# resume and smaller machines still profit.
+# We see the biggest file's share of the whole: so much, and no more, a loader that reads one file at
+# a time asks of the host. Today's loaders map files into memory instead and could do without
+# shards; downloads that resume and smaller machines still profit.
 #
-# > **Note.** The article has shards "moved between CPU and GPU". Each weight makes one journey:
-# > file, host, GPU. There it is rounded, and there it stays; section 5 looks.
+# The article has shards "moved between CPU and GPU", as if they went back and forth. We predict
+# one journey for each weight: file, host, GPU, where it is rounded and stays. Section 5 looks.
 #
 # ## 5. Predict the bytes, then load
 # Only the four linears of each decoder layer are rounded. We count their weights from the
-# configuration, for our model and for Falcon-7B.
+# configuration, for our model and for Falcon-7B, and multiply by 4.127 bits.
 
 # %%
 predicted = {}
@@ -266,7 +271,8 @@ for name, config in configs.items():
 
 # %% [markdown]
 # Falcon-7B's 6,625,951,744 weights should take 3,418.1 MB (10⁶ bytes). This is the article's
-# recipe, value by value, except that the profile chooses the compute dtype.
+# recipe, value by value, except that the profile chooses the compute dtype: bfloat16, which the
+# article takes, is slow on a T4 and on many CPUs.
 
 # %%
 recipe = BitsAndBytesConfig(
@@ -294,8 +300,8 @@ assert abs(ratio - 1) < 0.01
 # We see the roads meet at 1.00; what is left is each layer's last, part-filled group of scales.
 # The constants are the tables and means, about a kilobyte for each matrix, however large it is.
 #
-# Is it really all of them? Four `Linear4bit` in each decoder layer, each packed into bytes,
-# frozen, on one device: that we predict, and assert.
+# Is it really all of them? We predict four `Linear4bit` in each decoder layer, each packed into
+# bytes, frozen, on one device.
 
 # %%
 linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
@@ -305,9 +311,10 @@ assert len(linears) == 4 * model.config.num_hidden_layers
 assert kinds == {(torch.uint8, False, profile.device)}
 
 # %% [markdown]
-# Four times as many as layers, all `uint8`, none trainable, one device. So this is no
-# "quantization-aware training", as the article has it: rounding happens once, at loading, and no
-# gradient ever moves these weights. QLoRA trains adapters beside them (notebook 03).
+# We see four times as many as layers, all `uint8`, none trainable, and one device: no weight waits
+# on the host to be moved. Nor is this "quantization-aware training", as the article has it, where
+# weights are trained while they are being rounded. Here they are rounded once, at loading, and no
+# gradient ever moves them. QLoRA trains adapters beside them (notebook 03).
 #
 # The layer must also hold the very indices that we found by hand. Loading casts to the compute
 # dtype before it rounds, so we do the same.
@@ -320,11 +327,12 @@ print(f"{agree:.4%} of {weight.numel():,} indices agree")
 assert agree > 0.9999
 
 # %% [markdown]
-# On a CPU it is 100 %. We allow one in ten thousand to differ, since a GPU may round the
-# reciprocal of a scale otherwise in its last bit.
+# We see that the indices agree, on a CPU all of them. We allow one in ten thousand to differ, since a
+# GPU may round the reciprocal of a scale otherwise in its last bit.
 #
 # How does a layer compute with four bits? It does not. It restores the weight in the *compute
-# dtype* and multiplies there; a plain product with the restored weight must give the same.
+# dtype* and multiplies there. We predict that a plain product with the restored weight gives the
+# same, within rounding.
 
 # %%
 x = torch.randn(16, layer.in_features, dtype=profile.compute_dtype, device=profile.device)
@@ -334,8 +342,9 @@ print(f"computes in {layer.compute_dtype}; relative difference {difference:.1e}"
 assert layer.compute_dtype == profile.compute_dtype and difference < 0.01
 
 # %% [markdown]
-# Storage has four bits, arithmetic has the dtype printed here: bfloat16 on an A100, float16 on a
-# T4, float32 on a CPU. That is what the article's "full precision" stands for.
+# We see the dtype that the layer computes in, and next to no difference. Storage has four bits,
+# arithmetic has that dtype: bfloat16 on an A100, float16 on a T4, float32 on a CPU. The article
+# calls it "full precision". On a GPU it is 16 bits, and what rounding lost does not come back.
 #
 # What was not rounded, and where are the bytes now? We predict that the linears shrink by nearly
 # 16/4.127 = 3.88, and nothing else shrinks.
@@ -349,12 +358,12 @@ for name, row in sorted(sizes.items(), reverse=True):
 assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"]["linears"]
 
 # %% [markdown]
-# Only the linears shrink. The embedding, tied to the output head, and the norms stay in the
+# We see only the linears shrink. The embedding, tied to the output head, and the norms stay in the
 # compute dtype, so on a CPU, which computes in 32 bits, they take twice their 16-bit size. In
 # Falcon-7B the embedding's 590.94 MB are a seventh of what is left.
 
 # %% active="ipynb"
-# figure, axes = new_figure(columns=2, size=(8, 2.6))
+# figure, axes = new_figure(columns=2, size=(8, 2.8))
 # for axis, name, unit in zip(axes, plain, (1e6, 1e9), strict=True):
 #     rows, left = [f"{name}, NF4", f"{name}, 16 bits"], torch.zeros(2)
 #     for part in ("linears", "embedding", "norms"):
@@ -362,7 +371,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 #         axis.barh(["NF4", "16 bits"], width, left=left, label=part)
 #         left = left + width
 #     axis.set(title=name, xlabel="MB (10⁶ bytes)" if unit == 1e6 else "GB (10⁹ bytes)")
-# axes[0].legend()
+# figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 # show(figure, alt="Bars of bytes by part in 16 bits and NF4: the linears shrink to about a "
 #      "quarter, the embedding does not shrink, the norms are too small to see.")
 
@@ -421,8 +430,8 @@ for mend in (nullcontext(), quantize_falcon_linears()):
 assert counts == [0, 4 * tiny.config.num_hidden_layers]
 
 # %% [markdown]
-# Both lines say `True`, but the first model holds 0 four-bit layers and takes more memory. The
-# only other sign is a line in the log about "eetq", another library.
+# We see `True` in both lines, but the first model holds 0 four-bit layers and takes more memory.
+# The only other sign is a line in the log about "eetq", another library.
 #
 # > **Why?** Since version 5.5 transformers replaces a layer only if its type is exactly
 # > `torch.nn.Linear`. Falcon's linears are `FalconLinear`, a subclass. `is_loaded_in_4bit` repeats
@@ -432,23 +441,11 @@ assert counts == [0, 4 * tiny.config.num_hidden_layers]
 # > **Warning.** The last figure is `get_memory_footprint()`. It shows the trap, but it leaves out
 # > the scales; `stored_parts` counts them.
 #
-# ## 7. Where the article and this page differ
-# It was among the first to show QLoRA on Falcon in the open, and the recipe above is its own; the
-# values stand. Five explanations do not.
-#
-# | The article | What we saw | Section |
-# | --- | --- | --- |
-# | levels are evenly spaced | gaps from 0.080 to 0.304 | 1 |
-# | weights have zero mean and unit variance | only the largest absolute value is used | 2 |
-# | shards move between CPU and GPU | one journey each; all weights on one device | 4, 5 |
-# | quantization-aware training | rounded once, frozen, no gradient | 5 |
-# | computing in full precision | computing in the compute dtype | 5 |
-#
-# ## 8. What you have now
+# ## 7. What you have now
 # A model in 4-bit NF4, proven layer by layer, and a rule that tells its size before you download
 # it: weights of the linears × 4.127 / 8 bytes, plus the compute dtype's bytes for everything else.
 #
-# ## 9. Exercises
+# ## 8. Exercises
 # 1. Try blocks of 128: `block_errors(blocks.reshape(-1, 128), nf4.NF4_LEVELS).mean()`
 #    and `nf4.predicted_bits(block_size=128)`. Expect about 0.06 bits less a
 #    weight, and a larger error.
@@ -457,7 +454,7 @@ assert counts == [0, 4 * tiny.config.num_hidden_layers]
 # 3. Restore `packed, state` and `twice, state2` with `bnb.functional.dequantize_4bit` and compare
 #    both with `weight`. Expect the second rounding to add less than a hundredth to the error.
 #
-# ## 10. Sources and next
+# ## 9. Sources and next
 # - Dettmers et al. (2023), [QLoRA](https://arxiv.org/abs/2305.14314), section 3: NF4 and double
 #   quantization. Yoshida (2023), [NF4 Isn't Information Theoretically
 #   Optimal](https://arxiv.org/abs/2306.06965): where 0.9677083 comes from.
