@@ -20,10 +20,17 @@ def results(name: str) -> Any:
 def test_the_order_is_that_of_a_stranger() -> None:
     headings = re.findall(r"^## (.*)", README, re.MULTILINE)
     assert headings == [
-        "One question, before and after", "The notebooks", "Run it",
-        "Fine-tune, prompt or retrieve?", "Measured", "What fails, and what is not done yet", "What the article got wrong", "Limits",
-        "If you need help", "Licences",
-    ]  # fmt: skip
+        "One question, before and after",
+        "The notebooks",
+        "Run it",
+        "Fine-tune, prompt or retrieve?",
+        "Measured",
+        "What fails, and what is not done yet",
+        "What the article got wrong",
+        "Limits",
+        "If you need help",
+        "Licences",
+    ]
     top = README.split("\n## ")[0]
     assert top.count("![") == 1 and len(top.split("![")[0].split()) < 170, "30 seconds"
 
