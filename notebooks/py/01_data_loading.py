@@ -144,18 +144,18 @@ import json
 
 from tools.figures import COLOURS, new_figure, show
 
-figures = json.loads((root / "results/cpu/real_rows.json").read_text())["falcon_tokenizer"]
+known = json.loads((root / "results/cpu/real_rows.json").read_text())["falcon_tokenizer"]["lengths"]
 figure, axis = new_figure(size=(8, 3.2))
 axis.hist(lengths, range(0, max(1100, summary["max"]), 20), color=COLOURS[5], label="rows here")
-top, (low, middle, high) = axis.get_ylim()[1], [figures["lengths"][k] for k in ("min", "median", "max")]
-axis.barh(-0.09 * top, high - low, 0.08 * top, low, color=COLOURS[1], label="the article's, min to max")
-axis.plot(middle, -0.09 * top, "k|", markersize=12, label="the article's median")
+top, low, high = axis.get_ylim()[1], known["min"], known["max"]
+axis.barh(-0.09 * top, high - low, 0.08 * top, low, color=COLOURS[1], label="the article's rows")
+axis.plot(known["median"], -0.09 * top, "k|", markersize=12, label="their median")
 for cut in (256, 512, 1024):
     axis.axvline(cut, color=COLOURS[6], linestyle="--")
     axis.text(cut - 8, top / 2, f"cut at {cut:,}:\n{summary[f'over_{cut}']} rows over", ha="right")
 axis.set(xlabel="tokens a row, end-of-text included", ylabel="rows", xlim=(0, 1100))
 axis.legend(loc="upper center", bbox_to_anchor=(0.7, 1))
-show(figure, alt="Histogram of row lengths in tokens, and below it a bar from the article's shortest "
+show(figure, alt="Histogram of row lengths in tokens, below it a bar from the article's shortest "
      "row to its longest. Dashed lines at 256, 512 and 1,024: nothing lies far right of 512.")
 
 # %% [markdown]
@@ -164,7 +164,7 @@ show(figure, alt="Histogram of row lengths in tokens, and below it a bar from th
 # the T4's, is nearly free. The article's rows, of which we may show figures and no text:
 #
 # <!-- table
-# column: The article's rows = results/cpu/real_rows.json
+# column: Falcon's tokenizer = results/cpu/real_rows.json
 # row: Rows = falcon_tokenizer.lengths.rows
 # row: Tokens, end-of-text included = falcon_tokenizer.lengths.tokens
 # row: Shortest row = falcon_tokenizer.lengths.min
@@ -177,7 +177,7 @@ show(figure, alt="Histogram of row lengths in tokens, and below it a bar from th
 # row: Rows that mention suicide (section 7) = falcon_tokenizer.suicide_rows
 # row: Questions that mention it = falcon_tokenizer.suicide_questions
 # -->
-# | | The article's rows |
+# | | Falcon's tokenizer |
 # | --- | ---: |
 # | Rows | 172 |
 # | Tokens, end-of-text included | 37,908 |
@@ -191,7 +191,7 @@ show(figure, alt="Histogram of row lengths in tokens, and below it a bar from th
 # | Rows that mention suicide (section 7) | 14 |
 # | Questions that mention it | 8 |
 #
-# Measured on The article's rows: 2 cores of x86_64, no GPU, 2026-11-24, [real_rows.json](../results/cpu/real_rows.json).
+# Measured on Falcon's tokenizer: 2 cores of x86_64, no GPU, 2026-11-24, [real_rows.json](../results/cpu/real_rows.json).
 # <!-- end -->
 #
 # Each row must also keep its end in the *loss*. The article's notebook padded with the end-of-text
@@ -212,8 +212,9 @@ assert list(ends.values()) == [[0, 0, 0], [1, 1, 1]]
 
 # %% [markdown]
 # We see no end in the loss in the first line, and one in each row in the second. A model whose loss
-# never holds an end is not taught to stop; the article's chat then cuts it off after 256 new tokens.
-# Our pad token, the one of the second line, is a token of Falcon's that no text of ours uses.
+# never holds an end is not taught to stop; the article's chat then cuts it off after 256 new
+# tokens. Our pad token, the one of the second line, is a token of Falcon's that no text of ours
+# uses.
 #
 # ## 4. What padding costs
 # Rows of a batch are padded to the longest. How much of the work is padding if the rows are drawn
@@ -254,7 +255,7 @@ for batch, expected in predicted.items():
 
 # %% [markdown]
 # We see the prediction met at random, and far less padding in order, for every batch size.
-# Nothing is traded for it: a step still takes the same 64 rows and sums over all their tokens, so
+# Nothing is traded for it. A step still takes the same 64 rows and sums over all their tokens, so
 # the gradient is the same; only the grouping inside the step changes. And because the order is laid
 # out once, from the seed, a run that dies goes on with the very next row.
 #
@@ -304,8 +305,8 @@ from helpers.dialogues import normalise_question, split_rows
 parts = split_rows(rows, seed=SEED)
 asked = {name: {normalise_question(q) for q in part["question"]} for name, part in parts.items()}
 print({name: len(part) for name, part in parts.items()})
-assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"]
-assert sum(len(part) for part in parts.values()) == len(rows)
+assert sum(map(len, asked.values())) == len(set().union(*asked.values())), "a question in two parts"
+assert sum(map(len, parts.values())) == len(rows)
 
 # %% [markdown]
 # We see the rows of train, validation and test; the asserts say that no two parts share a question
@@ -318,7 +319,7 @@ steps, batch, accumulation, n_rows = 320, 16, 4, 172
 read = steps * accumulation * batch
 print(f"{read:,} rows if every batch is full: {read / n_rows:.0f} passes over {n_rows}")
 a_pass = -(-n_rows // batch)
-print(f"a pass takes {a_pass} batches, the last one short: {steps * accumulation / a_pass:.0f} passes")
+print(f"{a_pass} batches a pass, the last one short: {steps * accumulation / a_pass:.0f} passes")
 
 # %% [markdown]
 # We see 119 passes by the first count and 116 by the second, which is what the article's own log
@@ -330,7 +331,8 @@ print(f"this profile reads {own:,} rows: {own / len(parts['train']):.1f} passes"
 
 # %% [markdown]
 # We see the passes of this profile: few on a laptop, many on an A100, which takes the article's 320
-# steps. So notebook 03 watches the loss on the held-out rows and keeps the step where it was lowest.
+# steps. So notebook 03 watches the loss on the held-out rows and keeps the step where it was
+# lowest.
 #
 # ## 7. What these rows are about
 # This is a data set on mental health. Before we build a chat on it, we count the rows that

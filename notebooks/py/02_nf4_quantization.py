@@ -10,7 +10,8 @@
 # and you can catch a loader that says "4 bit" and loads sixteen.
 #
 # To *quantize* is to keep, instead of a number, the index of the nearest one in a short table. The
-# table is the same for all weights; a *scale*, kept for each block of them, says how far it reaches.
+# table is the same for all weights; a *scale*, kept for each block of them, says how far it
+# reaches.
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
@@ -88,9 +89,10 @@ print(f"{tuple(weight.shape)} {weight.dtype}, standard deviation {weight.float()
 tables = {"NF4": nf4.NF4_LEVELS, "uniform": nf4.uniform_levels(), "FP4": nf4.fp4_levels()}
 
 # %% [markdown]
-# We see 16-bit values with a standard deviation far below 1; we come back to that. NF4 takes 64 consecutive weights as a block and divides each block by its largest absolute
-# value. If the weights are roughly normal, most of them must now lie in the inner half of the
-# range, from -0.5 to 0.5; evenly spread ones would lie there one time in two.
+# We see 16-bit values with a standard deviation far below 1; we come back to that. NF4 takes 64
+# consecutive weights as a block and divides each block by its largest absolute value. If the
+# weights are roughly normal, most of them must now lie in the inner half of the range, from -0.5 to
+# 0.5; evenly spread ones would lie there one time in two.
 
 # %%
 blocks = rearrange(weight, "rows (n k) -> (rows n) k", k=64)[: 2**14].float()
@@ -251,8 +253,8 @@ print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest /
 assert biggest <= 2 * whole / len(parts)
 
 # %% [markdown]
-# We see the biggest file's share of the whole: so much, and no more, a loader that reads one file at
-# a time asks of the host. Today's loaders map files into memory instead and could do without
+# We see the biggest file's share of the whole: so much, and no more, a loader that reads one file
+# at a time asks of the host. Today's loaders map files into memory instead and could do without
 # shards; downloads that resume and smaller machines still profit.
 #
 # The article has shards "moved between CPU and GPU", as if they went back and forth. We predict
@@ -327,8 +329,8 @@ print(f"{agree:.4%} of {weight.numel():,} indices agree")
 assert agree > 0.9999
 
 # %% [markdown]
-# We see that the indices agree, on a CPU all of them. We allow one in ten thousand to differ, since a
-# GPU may round the reciprocal of a scale otherwise in its last bit.
+# We see that the indices agree, on a CPU all of them. We allow one in ten thousand to differ, since
+# a GPU may round the reciprocal of a scale otherwise in its last bit.
 #
 # How does a layer compute with four bits? It does not. It restores the weight in the *compute
 # dtype* and multiplies there. We predict that a plain product with the restored weight gives the

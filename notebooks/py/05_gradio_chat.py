@@ -60,8 +60,8 @@ config = load_config(profile.model, REVISION)
 print(f"profile {profile.name}, hidden size {config.hidden_size:,}")
 
 # %% [markdown]
-# We see the profile and the model's hidden size, which an adapter must fit. We look for one, nearest
-# first.
+# We see the profile and the model's hidden size, which an adapter must fit. We look for one,
+# nearest first.
 
 # %%
 from helpers.checkpoints import find_adapter
@@ -85,8 +85,8 @@ model = PeftModel.from_pretrained(base, adapter).eval()
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
-# We see as many layers with fused attention as the model has. With the sampling of page 04 it becomes
-# a `Chat`, which answers one person at a time.
+# We see as many layers with fused attention as the model has. With the sampling of page 04 it
+# becomes a `Chat`, which answers one person at a time.
 
 # %%
 import torch
@@ -97,10 +97,10 @@ chat = Chat(model, tokenizer, sampling(tokenizer))
 print(reply(chat, "How can I sleep better?"))
 
 # %% [markdown]
-# We see an answer in whole sentences; had the model run into its limit, the last one would have been
-# cut off. Whether it meets the question is another matter: a tiny model keeps the manner and often
-# misses the point. `reply` is not the raw generation that page 04 measured: it has a screen on both
-# sides, and the next sections open it up.
+# We see an answer in whole sentences; had the model run into its limit, the last one would have
+# been cut off. Whether it meets the question is another matter: a tiny model keeps the manner and
+# often misses the point. `reply` is not the raw generation that page 04 measured: it has a screen
+# on both sides, and the next sections open it up.
 #
 # ## 2. What a person may type
 # The article's chat promised that "if the chatbot seems you need external support, then it will
@@ -110,7 +110,7 @@ print(reply(chat, "How can I sleep better?"))
 # answers, the model or a fixed text. We predict a fixed text for three of these six.
 
 # %%
-from helpers.safety import screen_input
+from helpers.safety import screen_input, screen_output
 
 messages = ["I feel stressed before exams.", "I do not want to be alive any more.",
             "Everyone would be better off without me.", "My friend says she wants to end her life.",
@@ -129,9 +129,9 @@ assert [bool(screen_input(m).kinds) for m in messages] == [False, True, True, Tr
 print(reply(chat, "I do not want to be alive any more."))
 
 # %% [markdown]
-# We see a fixed text, no word of it from a model. It says what it is, asks to reach a person now, and
-# names lines with their numbers. Once flagged, a conversation stays so until it is cleared: a "just
-# kidding" after such a message is no reason to go on chatting.
+# We see a fixed text, no word of it from a model. It says what it is, asks to reach a person now,
+# and names lines with their numbers. Once flagged, a conversation stays so until it is cleared: a
+# "just kidding" after such a message is no reason to go on chatting.
 #
 # How often does it miss? The classifier was trained on messages written for it, and cross-validated
 # there. Others, half of them at risk and half harmless, were written by somebody who saw neither the
@@ -168,25 +168,41 @@ print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 # > good enough for a public service, a net under a demonstration: this page must not be offered to
 # > people in need.
 #
+# Few messages of a kind make wide intervals. Here they are, at 95 %, with the number of messages.
+
+# %% active="ipynb"
+# from tools.figures import COLOURS, new_figure, show
+#
+# figure, axes = new_figure(columns=2, size=(8, 3))
+# for axis, name, title in zip(axes, ("recall", "false_alarms"), ("caught", "stopped without need")):
+#     for at, (kind, r) in enumerate(sorted(measured["unseen"][name]["by_kind"].items())[::-1]):
+#         axis.plot([r["low"], r["high"]], [at, at], color=COLOURS[5])
+#         axis.plot(r["value"], at, "o", color=COLOURS[6])
+#         axis.text(-0.03, at, f"{kind} ({r['n']})", ha="right", va="center", fontsize=8)
+#     axis.set(title=title, xlabel="share of messages", xlim=(0, 1.03), yticks=[])
+# show(figure, alt="Dots with intervals, one line for each kind of message. Left the share caught, "
+#      "right the share of harmless messages stopped. Most intervals overlap.")
+
+# %% [markdown]
+# Most intervals overlap: which kind is caught best, so few messages cannot tell. That some are
+# missed, they can tell.
+#
 # ## 3. What a model may say
 # The screen after the model holds every sentence back until it is read: doses or stopping a
 # medicine, methods, a diagnosis, a claim to be a person, numbers and links that are not in our
 # table. One hit replaces the whole answer. Of these five sentences three should be held back.
 
 # %%
-from helpers.safety import screen_output
-
 sentences = ["It helps to go to bed at the same time each night.", "You have bipolar disorder.",
              "I am a licensed therapist.", "You can stop taking your medication now.",
              "Do not stop your medicine without talking to your doctor."]
-for sentence in sentences:
-    print(f"{'held back' if screen_output(sentence).flag else 'shown    '}  {sentence}")
+print(*(f"{'held back' if screen_output(s).flag else 'shown':9}  {s}" for s in sentences), sep="\n")
 assert [bool(screen_output(s).flag) for s in sentences] == [False, True, True, True, False]
 
 # %% [markdown]
-# We see the first and the last shown: one is advice, the other forbids what the fourth allows. A rule
-# that looked for the word "medicine" alone would stop the last. How many ordinary answers does the
-# screen hold back, of which none needs it?
+# We see the first and the last shown: one is advice, the other forbids what the fourth allows. A
+# rule that looked for the word "medicine" alone would stop the last. How many ordinary answers does
+# the screen hold back, of which none needs it?
 
 # %%
 for source, r in measured["outputs_blocked"].items():
@@ -194,8 +210,8 @@ for source, r in measured["outputs_blocked"].items():
 
 # %% [markdown]
 # We see a share under one in fifty for the sample's answers, the original data set's and the
-# adapter's, which are few, so that their interval is wide. The rules were written with the first two
-# at hand; only the adapter's answers are new to them.
+# adapter's, which are few, so that their interval is wide. The rules were written with the first
+# two at hand; only the adapter's answers are new to them.
 #
 # ## 4. Words that are commands
 # The prompt is made of tags. What if somebody types one? We predict that the model sees ordinary
@@ -210,8 +226,8 @@ ids = tokenizer(seen, split_special_tokens=True).input_ids
 assert tokenizer.eos_token_id not in ids and "<HUMAN>" not in seen
 
 # %% [markdown]
-# We see round brackets instead of angle brackets: `(HUMAN)` is a word like any other, and the assert
-# found no end-of-text token among the ids. The page itself goes on showing what was typed.
+# We see round brackets instead of angle brackets: `(HUMAN)` is a word like any other, and the
+# assert found no end-of-text token among the ids. The page itself goes on showing what was typed.
 #
 # ## 5. Sentence by sentence
 # `stream_reply` yields the answer so far, each time one more screened sentence. We predict that the
@@ -277,8 +293,9 @@ def to_turns(messages):
 print(to_turns([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]))
 
 # %% [markdown]
-# We see two messages make one pair. The chat shows Markdown, so that lists and links work; but what a
-# person types must appear as typed, tags and stars included. A backslash before each mark does it.
+# We see two messages make one pair. The chat shows Markdown, so that lists and links work; but what
+# a person types must appear as typed, tags and stars included. A backslash before each mark does
+# it.
 
 # %%
 import re
@@ -294,8 +311,9 @@ def as_meant(text):
 print(as_typed("<b>*Hi*</b>"), as_meant(as_typed("<b>*Hi*</b>")))
 
 # %% [markdown]
-# We see the marks behind backslashes, and the way back to the same text. `respond` is the one function that generates; length check,
-# screen and line lie inside `stream_reply`, so a call that goes around the page meets them too.
+# We see the marks behind backslashes, and the way back to the same text. `respond` is the one
+# function that generates; length check, screen and line lie inside `stream_reply`, so a call that
+# goes around the page meets them too.
 
 # %%
 def respond(messages):
@@ -315,8 +333,8 @@ shown = list(respond([{"role": "user", "content": "What is stress?"}]))[-1]
 print(shown[-1]["content"])
 
 # %% [markdown]
-# We see the answer, the last of the messages. A second small function takes what was typed out of the
-# box and into the conversation; nothing typed changes nothing.
+# We see the answer, the last of the messages. A second small function takes what was typed out of
+# the box and into the conversation; nothing typed changes nothing.
 
 # %%
 def ask(text, messages):
@@ -327,8 +345,8 @@ def ask(text, messages):
 print(ask("Hello", []), ask("  ", []))
 
 # %% [markdown]
-# We see that the first call moved the word and emptied the box, and the second left everything as it
-# was. Now the layout. Gradio reports usage unless told not to before it is imported.
+# We see that the first call moved the word and emptied the box, and the second left everything as
+# it was. Now the layout. Gradio reports usage unless told not to before it is imported.
 
 # %%
 import os
@@ -377,9 +395,9 @@ print(f"{len(page.fns)} events")
 
 # %% [markdown]
 # We see the events, more than there are buttons: moving and answering count apart, and so does each
-# cancelling. A call that goes around the page may hand over anything, and Gradio prints what was wrong with it,
-# the caller's words among it. We promised that nothing is logged, so we let it print the kind of an
-# error alone.
+# cancelling. A call that goes around the page may hand over anything, and Gradio prints what was
+# wrong with it, the caller's words among it. We promised that nothing is logged, so we let it print
+# the kind of an error alone.
 
 # %%
 from types import SimpleNamespace
@@ -418,9 +436,9 @@ unkept = {"middleware": [Middleware(no_store)]}
 print("not kept:", *unkept)
 
 # %% [markdown]
-# We see the name of the thin layer that will lie around the whole server. Now we start it. `share=False` is written out because
-# Gradio would otherwise open a *public* address in Colab; there the page appears in a frame below
-# the cell. With `SHARE = True` a password is required.
+# We see the name of the thin layer that will lie around the whole server. Now we start it.
+# `share=False` is written out because Gradio would otherwise open a *public* address in Colab;
+# there the page appears in a frame below the cell. With `SHARE = True` a password is required.
 
 # %%
 if SHARE and not PASSWORD:
@@ -434,8 +452,8 @@ _, address, _ = page.launch(
 print(f"the page is public at {address}" if SHARE else "the page is served on this machine alone")
 
 # %% [markdown]
-# We see whom the page is served to. Is it really there, and does it hold what it must? We fetch it as
-# a browser would, and predict that disclaimer and help line are in what comes back.
+# We see whom the page is served to. Is it really there, and does it hold what it must? We fetch it
+# as a browser would, and predict that disclaimer and help line are in what comes back.
 
 # %%
 from urllib.request import urlopen
@@ -458,9 +476,9 @@ assert PASSWORD or "not a person" in html
 #      "text answers with helplines; then the message box, and Send, Stop and Clear.")
 
 # %% [markdown]
-# We see the notice on top, the message, and the fixed text with its helplines; below it the box, and
-# Send, Stop and Clear. With `SERVE = True`, as `make chat` sets it, the page now stays until you stop
-# the cell; otherwise we close it, and the port is free again.
+# We see the notice on top, the message, and the fixed text with its helplines; below it the box,
+# and Send, Stop and Clear. With `SERVE = True`, as `make chat` sets it, the page now stays until
+# you stop the cell; otherwise we close it, and the port is free again.
 
 # %%
 import threading
