@@ -163,6 +163,9 @@ def plan_memory(
     length: int | None = None,
     rank: int = 32,
     checkpointing: bool | None = None,
+    lean: bool = False,
+    compiled: bool = False,
+    packed: bool = False,
 ) -> dict[str, float]:
     """Predict where the memory of a QLoRA step goes, before anything is loaded.
 
