@@ -178,7 +178,10 @@ class Watch:
             )
         loss = self.step(model, inputs, *args, **kwargs)
         if watched:
-            self.live = live_at_peak(torch.cuda.memory._snapshot()["device_traces"][0])
+            try:
+                self.live = live_at_peak(torch.cuda.memory._snapshot()["device_traces"][0])
+            except (KeyError, IndexError, RuntimeError) as error:  # the record is no public API
+                self.live = {"error": repr(error)}
             torch.cuda.memory._record_memory_history(enabled=None)
         self.now |= {"backward_peak": take_peak(), "after": allocated()}
         self.micro.append(self.now)
