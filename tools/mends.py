@@ -82,7 +82,7 @@ def without_checkpointing(profile: Profile, mends: Mends, memory: int = 0) -> Pr
 def use_mends(trainer: Trainer, mends: Mends) -> None:
     """Apply them to a built trainer, before `train()`; with none of them, change nothing.
 
-    With lean LoRA in bf16 autocast goes too: nothing is left that it has to cast, and it takes
+    With lean LoRA in 16 bits autocast goes too: nothing is left that it has to cast, and it takes
     LayerNorms to 32 bits and back.
 
     Example:
@@ -92,7 +92,7 @@ def use_mends(trainer: Trainer, mends: Mends) -> None:
         use_packed_rows(trainer)
     if mends.lean:
         use_lean_lora(trainer.model)
-        if trainer.args.bf16:
+        if trainer.args.bf16 or trainer.args.fp16:
             trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
     if mends.float8:
         use_float8(trainer.model)
