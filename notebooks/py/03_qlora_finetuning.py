@@ -181,8 +181,28 @@ print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
 # laid end to end with no padding, none seeing another. LoRA adds onto what the 4-bit product has
 # written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
 # pays for keeping activations, so no block is computed twice. A fourth, `FP8`, multiplies in
-# eight bits; as it rounds more coarsely, it is off unless you ask.
-# [Why training is fast](../docs/speed.md) has what each is worth.
+# eight bits; as it rounds more coarsely, it is off unless you ask. Each was measured by taking it
+# away on an H100, rows of the article's lengths.
+
+# %%
+import json
+from tools.figures import COLOURS, new_figure, show
+
+speed = json.loads((root / "results/h100/training.json").read_text())
+measured = speed["ablation"] | speed.get("second_run", {}).get("ablation", {})
+bars = {"the original's recipe": speed["seed"], "ours": measured["ours, alone"]}
+bars |= {name: v for name, v in measured.items() if name.startswith("without") and "step_s" in v}
+figure, axis = new_figure(size=(8, 2.8))
+axis.barh(list(bars), [v["useful_tokens_per_s"]["value"] for v in bars.values()],
+          color=[COLOURS[6], COLOURS[5], *[COLOURS[2]] * (len(bars) - 2)])
+axis.invert_yaxis(), axis.set(xlabel="useful tokens a second, one H100")
+show(figure, alt="Bars of useful tokens a second. That of the original's recipe is the shortest, "
+     "ours the longest; those without one or two of the mends lie between them.")
+
+# %% [markdown]
+# We see the original's recipe on top, ours below it, and then what is left without a mend, or
+# without two. [Why training is fast](../docs/speed.md) has the figures. Which of them can this
+# machine take?
 
 # %%
 from tools.mends import choose_mends, undo_mends, use_mends, without_checkpointing
@@ -340,8 +360,6 @@ best_step, best_loss = min(held_out, key=lambda point: point[1])
 # Drawn over the steps, the two show what the lines above could only hint at.
 
 # %%
-from tools.figures import COLOURS, new_figure, show
-
 figure, axis = new_figure(size=(8, 3.2))
 axis.plot(*zip(*train_curve), color=COLOURS[2], label="rows trained on")
 axis.plot(*zip(*held_out), color=COLOURS[6], marker="o", label="rows held out")
@@ -372,8 +390,6 @@ assert best_loss < first_loss, "training did not lower the held-out loss"
 # happened to, one that was killed in the midst of a step, and what went on from its last checkpoint.
 
 # %%
-import json
-
 runs = json.loads((root / "results/cpu/faults.json").read_text())["losses"]
 figure, axis = new_figure(size=(8, 2.6))
 for name, first, style in [("unbroken", 1, "-"), ("killed", 1, "x"),
