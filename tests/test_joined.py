@@ -14,6 +14,7 @@ from helpers import joined
 from helpers.falcon import LINEARS, assert_quantized, load_falcon, use_fused_attention
 from helpers.profiles import TINY
 from tools.decode_loop import DecodeLoop
+from tools.mends import undo_double_quantization
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,21 @@ def test_what_cannot_be_joined_is_left_alone_or_refused(base, loaded) -> None:
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="only one plain, unmerged LoRA adapter"):
         joined.join_layers(model)
+
+
+def test_undone_double_quantization_changes_no_weight_forward_or_backward(base) -> None:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        out = model(**padded()).logits
+        out.logsumexp(-1).mean().backward()
+        return out, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    model = adapt(base)
+    before = run()
+    assert undo_double_quantization(model) == 4 * base.config.num_hidden_layers
+    parts = [m for m in model.modules() if isinstance(m, joined.Linear4bit)]
+    assert {m.weight.quant_state.absmax.dtype for m in parts} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(before, run(), strict=True))
 
 
 @pytest.mark.parametrize("draws", [False, True], ids=["greedy", "drawn"])
