@@ -1,6 +1,5 @@
 """Which of helpers.speed's mends a run of notebook 03 takes, and switching them on and off."""
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from transformers import Trainer
 from helpers.joined import full_scales
 from helpers.profiles import GIB, Profile
 from helpers.speed import compile_blocks, use_float8, use_lean_lora, use_packed_rows
+from tools.many_gpus import is_sharded
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def choose_mends(
 ) -> Mends:  # fmt: skip
     """Take what the machine allows, or what was asked for.
 
-    By default a single bf16 GPU gets all but fp8; a CPU, a T4 and several GPUs get none.
+    By default a bf16 GPU gets all but fp8, alone or beside others; a CPU, a T4 and a base in
+    pieces (FSDP) get none.
 
     Args:
         profile: the run's.
@@ -46,7 +47,7 @@ def choose_mends(
         Mends(packed=False, lean=False, compiled=False, float8=False)
     """
     newer = profile.on_gpu and profile.compute_dtype is torch.bfloat16
-    default = newer and n_fused > 0 and os.environ.get("WORLD_SIZE", "1") == "1"
+    default = newer and n_fused > 0 and not is_sharded()
     asked = (default if want is None else want for want in (packed, lean, compiled))
     mends = Mends(*asked, float8=bool(float8))
     if mends.packed and not (newer and n_fused):
