@@ -185,17 +185,10 @@ print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
 # away on an H100, rows of the article's lengths.
 
 # %%
-import json
-from tools.figures import COLOURS, new_figure, show
+from tools.figures import COLOURS, draw_speed, new_figure, show
 
-speed = json.loads((root / "results/h100/training.json").read_text())
-measured = speed["ablation"] | speed.get("second_run", {}).get("ablation", {})
-bars = {"the original's recipe": speed["seed"], "ours": measured["ours, alone"]}
-bars |= {name: v for name, v in measured.items() if name.startswith("without") and "step_s" in v}
 figure, axis = new_figure(size=(8, 2.8))
-axis.barh(list(bars), [v["useful_tokens_per_s"]["value"] for v in bars.values()],
-          color=[COLOURS[6], COLOURS[5], *[COLOURS[2]] * (len(bars) - 2)])
-axis.invert_yaxis(), axis.set(xlabel="useful tokens a second, one H100")
+draw_speed(axis, root / "results/h100/training.json")
 show(figure, alt="Bars of useful tokens a second. That of the original's recipe is the shortest, "
      "ours the longest; those without one or two of the mends lie between them.")
 
@@ -390,6 +383,8 @@ assert best_loss < first_loss, "training did not lower the held-out loss"
 # happened to, one that was killed in the midst of a step, and what went on from its last checkpoint.
 
 # %%
+import json
+
 runs = json.loads((root / "results/cpu/faults.json").read_text())["losses"]
 figure, axis = new_figure(size=(8, 2.6))
 for name, first, style in [("unbroken", 1, "-"), ("killed", 1, "x"),
