@@ -452,8 +452,10 @@ _, address, _ = page.launch(
 print(f"the page is public at {address}" if SHARE else "the page is served on this machine alone")
 
 # %% [markdown]
-# We see whom the page is served to. Is it really there, and does it hold what it must? We fetch it
-# as a browser would, and predict that disclaimer and help line are in what comes back.
+# We see whom the page is served to.
+#
+# Is it really there, and does it hold what it must? We fetch it as a browser would, and predict that
+# disclaimer and help line are in what comes back.
 
 # %%
 from urllib.request import urlopen
