@@ -200,6 +200,15 @@ def test_a_twin_is_a_script_that_takes_its_constants(in_step: Path) -> None:
     assert wrong.stderr == "'SEEDS=7' is not NAME=value with a NAME out of: PROFILE, SEED.\n"
 
 
+def test_in_a_script_the_text_stands_in_for_a_picture(in_step: Path) -> None:
+    twin = in_step / f"notebooks/py/{FIRST}.py"
+    shown = "from tools.figures import new_figure, show\n"
+    shown += "show(new_figure()[0], alt='A line that rises from zero.')"
+    twin.write_text(f"import sys\nsys.path.insert(0, {str(in_step)!r})\n{shown}\n")
+    done = run_twin(in_step)
+    assert done.stdout == "A line that rises from zero.\n", done.stderr
+
+
 @pytest.mark.parametrize("argument", ["SEED=seven", "SEED=1.5", "SEED=[1]", "SEED", "=1"])
 def test_an_argument_of_another_kind_is_refused(argument: str) -> None:
     constants = {"SEED": 0}

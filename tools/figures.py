@@ -127,8 +127,11 @@ def show(figure: Figure | Path | bytes, alt: str) -> None:
     if len(alt.strip()) < 20:
         raise ValueError(f"{alt=} tells nothing: say what is drawn and what it shows.")
     try:
+        from IPython import get_ipython
         from IPython.display import display
-    except ModuleNotFoundError:  # a script on a machine without Jupyter: the text stands in
+    except ModuleNotFoundError:  # a machine without Jupyter
+        get_ipython = bool
+    if not get_ipython():  # a script: the text stands in
         print(alt)
         return
     png, width, height = to_png(figure)
