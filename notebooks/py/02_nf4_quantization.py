@@ -253,9 +253,9 @@ print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest /
 assert biggest <= 2 * whole / len(parts)
 
 # %% [markdown]
-# We see the biggest file's share of the whole: so much, and no more, a loader that reads one file
-# at a time asks of the host. Today's loaders map files into memory instead and could do without
-# shards; downloads that resume and smaller machines still profit.
+# We see the biggest file's share of the whole: so much a loader holds that reads one file at a time.
+# Today's loaders map files into memory instead and could do without shards; downloads that resume
+# and smaller machines still profit. What a host really needed is in the table of section 5.
 #
 # The article has shards "moved between CPU and GPU", as if they went back and forth. We predict
 # one journey for each weight: file, host, GPU, where it is rounded and stays. Section 5 looks.
@@ -273,8 +273,8 @@ for name, config in configs.items():
 
 # %% [markdown]
 # Falcon-7B's 6,625,951,744 weights should take 3,418.1 MB (10⁶ bytes). This is the article's
-# recipe, value by value, except that the profile chooses the compute dtype: bfloat16, which the
-# article takes, is slow on a T4 and on many CPUs.
+# recipe, value by value, except that the profile chooses the compute dtype; the article's notebook
+# has bfloat16 in one cell and float16 in another.
 
 # %%
 recipe = BitsAndBytesConfig(
