@@ -255,14 +255,14 @@ assert biggest <= 2 * whole / len(parts)
 # %% [markdown]
 # We see the biggest file's share of the whole: so much a loader holds that reads one file at a time.
 # Today's loaders map files into memory instead and could do without shards; downloads that resume
-# and smaller machines still profit. What a host really needed is in the table of section 5.
+# and smaller machines still profit. What loading really takes was measured; section 5 reads it out.
 #
 # The article has shards "moved between CPU and GPU", as if they went back and forth. We predict
 # one journey for each weight: file, host, GPU, where it is rounded and stays. Section 5 looks.
 #
 # ## 5. Predict the bytes, then load
-# Only the four linears of each decoder layer are rounded. We count their weights from the
-# configuration, for our model and for Falcon-7B, and multiply by 4.127 bits.
+# Only the linears of the decoder layers are rounded, in Falcon four in each. We count their weights
+# from the configuration, for our model and for Falcon-7B, and multiply by 4.127 bits.
 
 # %%
 predicted = {}
@@ -302,8 +302,8 @@ assert abs(ratio - 1) < 0.01
 # We see the roads meet at 1.00; what is left is each layer's last, part-filled group of scales.
 # The constants are the tables and means, about a kilobyte for each matrix, however large it is.
 #
-# Is it really all of them? We predict four `Linear4bit` in each decoder layer, each packed into
-# bytes, frozen, on one device.
+# Is it really all of them? We predict a `Linear4bit` for each linear of a decoder layer, in Falcon
+# four, each packed into bytes, frozen, on one device.
 
 # %%
 linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
@@ -313,8 +313,8 @@ assert len(linears) == 4 * model.config.num_hidden_layers
 assert kinds == {(torch.uint8, False, profile.device)}
 
 # %% [markdown]
-# We see four times as many as layers, all `uint8`, none trainable, and one device: no weight waits
-# on the host to be moved. Nor is this "quantization-aware training", as the article has it, where
+# We see as many as predicted, all `uint8`, none trainable, and one device: no weight waits on the
+# host to be moved. Nor is this "quantization-aware training", as the article has it, where
 # weights are trained while they are being rounded. Here they are rounded once, at loading, and no
 # gradient ever moves them. QLoRA trains adapters beside them (notebook 03).
 #

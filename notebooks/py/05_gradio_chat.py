@@ -85,8 +85,8 @@ model = PeftModel.from_pretrained(base, adapter).eval()
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
-# We see as many layers with fused attention as the model has. With the sampling of page 04 it
-# becomes a `Chat`, which answers one person at a time.
+# We see that every decoder layer of a Falcon runs the fused attention. With the sampling of page 04
+# the model becomes a `Chat`, which answers one person at a time.
 
 # %%
 import torch
