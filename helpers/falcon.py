@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.falcon import modeling_falcon
 
+from helpers.nf4 import shard_bars, weight_map
 from helpers.profiles import Profile
 
 OLD_KEYS = {
@@ -220,9 +221,10 @@ def load_falcon(
 ) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model, Falcon first of all, in NF4 or in the compute dtype.
 
-    Safetensors shards are preferred, `.bin` shards are read where there are no others. No
-    remote code is run. On a CPU, bitsandbytes' repacking of 4-bit weights for AVX512-BF16 is
-    turned off: it has no backward, and training after an evaluation would go wrong.
+    Safetensors shards are preferred, `.bin` shards are read where there are no others: one after
+    the other, each with its bar, mapped and not read whole. No remote code is run. On a CPU,
+    bitsandbytes' repacking of 4-bit weights for AVX512-BF16 is turned off: it has no backward,
+    and training after an evaluation would go wrong.
 
     Args:
         model: Hub id or folder.
@@ -251,7 +253,7 @@ def load_falcon(
     check_shards(model)
     config = load_config(model, revision)
     try:
-        with quantize_falcon_linears():
+        with quantize_falcon_linears(), shard_bars(weight_map(model, revision)):
             loaded = AutoModelForCausalLM.from_pretrained(
                 model,
                 config=config,

@@ -8,13 +8,17 @@ is not a float encoding: an index has no sign, exponent or mantissa, it is a pla
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHT_FILES = (
@@ -165,10 +169,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_nf4(
-    codes: Tensor,
-    absmax: Tensor,
-    levels: Tensor = NF4_LEVELS,
-    dtype: torch.dtype = torch.float32,
+    codes: Tensor, absmax: Tensor, levels: Tensor = NF4_LEVELS, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Turn indices and scales back into values: level times scale.
 
@@ -380,7 +381,37 @@ def _open_weights(path: str) -> object:
     """Open a weight file without reading it: an object with `keys()` and the tensors."""
     if path.endswith(".safetensors"):
         return safe_open(path, framework="pt")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+
+
+@contextmanager
+def shard_bars(files: dict[str, str]) -> Iterator[None]:
+    """While open, transformers reads a checkpoint shard by shard, with a progress bar for each.
+
+    Left alone it shows one bar for all weights and takes them by name, from shards in turns.
+
+    Args:
+        files: which file holds which weight, as `weight_map` tells.
+
+    Example:
+        >>> weight = type("Weight", (), {"source_patterns": ["w"]})
+        >>> with shard_bars({"w": "model-00001-of-00001.safetensors"}):
+        ...     [name for name, _ in logging.tqdm([("w", weight)], desc="Loading weights")]
+        ['w']
+    """
+
+    def bars(bar: type, args: tuple, kwargs: dict) -> object:
+        shards: dict[str, list] = {}
+        for name, weight in args[0] if kwargs.get("desc") == "Loading weights" else ():
+            shards.setdefault(files.get(weight.source_patterns[0], ""), []).append((name, weight))
+        each = (bar(shards[file], desc=file or kwargs["desc"]) for file in sorted(shards))
+        return chain.from_iterable(each) if shards else bar(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(bars)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def read_weight(model: str, ending: str, revision: str | None = None) -> Tensor:
