@@ -209,8 +209,9 @@ def test_helpers_are_thin(path: Path) -> None:
 
 def test_helpers_are_thin_together() -> None:
     # 1,500 in ten modules until helpers.speed came: no library has it for packed multi-query rows,
-    # for 4-bit LoRA that compiles whole, and for NF4 weights multiplied in fp8.
-    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1650
+    # for 4-bit LoRA that compiles whole, and for NF4 weights multiplied in fp8. 1,650 until other
+    # models than Falcon, rows of every shape, a bar for each shard and the time left came.
+    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1710
     assert len([path for path in HELPERS if path.stem != "__init__"]) <= 11
 
 

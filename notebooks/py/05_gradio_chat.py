@@ -74,14 +74,14 @@ print(f"adapter from {found}")
 
 # %%
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
-from peft import PeftModel
+from tools.any_model import lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
-model = PeftModel.from_pretrained(base, adapter).eval()
+model = lay_adapter(base, adapter)
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
-# Every decoder layer runs the fused attention. With the sampling of page 04 the model becomes a
+# Every decoder layer of a Falcon runs the fused attention. With the sampling of page 04 the model becomes a
 # `Chat`, which answers one person at a time.
 
 # %%
