@@ -23,6 +23,7 @@ KNOWN_COLUMNS = (
     ("text",),  # last: some sets repeat their other columns there, in a format of their own
 )
 END_MARKS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>))+$")  # ours is added in training
+FILES = {".csv", ".json", ".jsonl", ".parquet"}
 USER_ROLES, MODEL_ROLES = {"user", "human"}, {"assistant", "gpt", "model"}
 
 
@@ -33,7 +34,7 @@ def _read_table(source: object) -> pd.DataFrame:
     if isinstance(source, Dataset):
         return source.to_pandas()
     path = Path(source)
-    if path.suffix in {".csv", ".json", ".jsonl", ".parquet"}:
+    if path.suffix in FILES:
         if not path.exists():
             raise FileNotFoundError(f"no file {source}: check DATASET, or put the file there")
         try:
@@ -129,11 +130,9 @@ def load_dialogues(source: object, revision: str | None = None) -> tuple[Dataset
         >>> rows[0], dropped
         ({'question': 'Why?', 'answer': 'So.'}, {'without an answer': 1})
     """
-    is_hub = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source)
-    if is_hub and not Path(source).exists() and Path(source).suffix[1:] not in ("csv", "jsonl"):
-        table = _from_hub(source, revision)
-    else:
-        table = _read_table(source)
+    is_id = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source)
+    on_hub = is_id and not Path(source).exists() and Path(source).suffix not in FILES
+    table = _from_hub(source, revision) if on_hub else _read_table(source)
     names = {str(column).strip().lower(): column for column in table.columns}
     columns = next((c for c in KNOWN_COLUMNS if {n.lower() for n in c} <= set(names)), None)
     if columns is None:

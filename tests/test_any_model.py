@@ -9,6 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -65,7 +67,7 @@ def byte_tokenizer(special: list[str], begin: str = "", **names: str) -> PreTrai
 
 def llama() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=1, eos_token_id=2))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=16, bos_token_id=1, eos_token_id=2))
     return model, byte_tokenizer(["<unk>", "<s>", "</s>"], begin="<s>", **names)
 
 
@@ -140,6 +142,14 @@ def test_every_linear_but_the_head_is_in_four_bits_as_page_02_predicts(
     assert torch.equal(held[widest].weight.data.flatten(), codes[::2] << 4 | codes[1::2])
     assert use_fused_attention(model) == 0
     use_fused_attention(model, on=False)
+
+
+def test_a_head_of_another_name_stays_as_it_is_too(tmp_path: Path) -> None:
+    config = BioGptConfig(**WIDE, vocab_size=300, intermediate_size=256)
+    BioGptForCausalLM(config).save_pretrained(tmp_path)
+    model = load_falcon(str(tmp_path), TINY)
+    assert assert_quantized(model) == len(nf4.linear_shapes(config)) == 12
+    assert type(model.output_projection) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("name", MODELS)
