@@ -348,21 +348,26 @@ class MultiQueryAttention(modeling_falcon.FalconAttention):
     ) -> tuple[Tensor, None]:
         """Attend; (batch, length, hidden) in and out, in the dtype of the input."""
         qkv = self.query_key_value(hidden_states)
+        return self.dense(self.attend(qkv, attention_mask, layer_past, position_embeddings)), None
+
+    def attend(
+        self, qkv: Tensor, mask: Tensor | None, past: Cache | None, turns: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """What lies between the two products: (batch, length, heads * dim + 2 * dim) to hidden."""
         qkv = rearrange(qkv, "b l (h d) -> b h l d", d=self.head_dim)
         q, k, v = qkv.split([self.num_heads, 1, 1], dim=1)
-        q, k = modeling_falcon.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if layer_past is not None:
-            k, v = layer_past.update(k, v, self.layer_idx)
-        if attention_mask is not None and attention_mask.ndim == 1:
-            return self.dense(packed_attention(q, k, v, attention_mask)), None
+        q, k = modeling_falcon.apply_rotary_pos_emb(q, k, *turns)
+        if past is not None:
+            k, v = past.update(k, v, self.layer_idx)
+        if mask is not None and mask.ndim == 1:
+            return packed_attention(q, k, v, mask)
         if q.shape[2] == 1:
             q = rearrange(q, "b h 1 d -> b 1 h d")
-            out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-            return self.dense(rearrange(out, "b 1 h d -> b 1 (h d)")), None
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return rearrange(out, "b 1 h d -> b 1 (h d)")
         k, v = (t.expand(-1, self.num_heads, -1, -1) for t in (k, v))
-        causal = attention_mask is None
-        out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
-        return self.dense(rearrange(out, "b h l d -> b l (h d)")), None
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return rearrange(out, "b h l d -> b l (h d)")
 
 
 def causal_mask_or_none(**kwargs) -> Tensor | None:

@@ -191,8 +191,21 @@ print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
 # laid end to end with no padding, none seeing another. LoRA adds onto what the 4-bit product has
 # written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
 # pays for keeping activations, so no block is computed twice. A fourth, `FP8`, multiplies in
-# eight bits; as it rounds more coarsely, it is off unless you ask.
-# [Why training is fast](../docs/speed.md) has what each is worth.
+# eight bits; as it rounds more coarsely, it is off unless you ask. Each was measured by taking it
+# away on an H100, rows of the article's lengths.
+
+# %%
+from tools.figures import COLOURS, draw_speed, new_figure, show
+
+figure, axis = new_figure(size=(8, 2.8))
+draw_speed(axis, root / "results/h100/training.json")
+show(figure, alt="Bars of useful tokens a second. That of the original's recipe is the shortest, "
+     "ours the longest; those without one or two of the mends lie between them.")
+
+# %% [markdown]
+# We see the original's recipe on top, ours below it, and then what is left without a mend, or
+# without two. [Why training is fast](../docs/speed.md) has the figures. Which of them can this
+# machine take?
 
 # %%
 from tools.mends import choose_mends, undo_mends, use_mends, without_checkpointing
@@ -351,8 +364,6 @@ best_step, best_loss = min(held_out, key=lambda point: point[1])
 # Drawn over the steps, the two show what the lines above could only hint at.
 
 # %%
-from tools.figures import COLOURS, new_figure, show
-
 figure, axis = new_figure(size=(8, 3.2))
 axis.plot(*zip(*train_curve), color=COLOURS[2], label="rows trained on")
 axis.plot(*zip(*held_out), color=COLOURS[6], marker="o", label="rows held out")
