@@ -76,12 +76,12 @@ print(f"adapter from {found}")
 # one kept elsewhere. Now the base is loaded, and the adapter laid beside it.
 
 # %%
-from peft import PeftModel
+from tools.any_model import drop_long, lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
 n_parameters = base.num_parameters()  # before the adapter is put around it
 use_fused_attention(base)
-model = PeftModel.from_pretrained(base, adapter).eval()
+model = lay_adapter(base, adapter)
 tokenizer = load_tokenizer(profile.model, REVISION)
 
 # %% [markdown]
@@ -216,13 +216,16 @@ from datasets import load_from_disk
 from helpers.dialogues import load_dialogues, split_rows
 
 if Path("artifacts/dataset").exists() and DATASET is None:
-    parts = load_from_disk("artifacts/dataset")
+    parts, dropped = load_from_disk("artifacts/dataset"), {}
 else:
-    parts = split_rows(load_dialogues(DATASET or profile.dataset)[0], seed=SEED)
+    rows, dropped = load_dialogues(DATASET or profile.dataset)
+    parts = split_rows(rows, seed=SEED)
+parts, too_long = drop_long(parts, tokenizer, profile.max_length)
+print(f"{len(parts['test'])} test rows; left out of all: {dropped | too_long or 'none'}")
 
 # %% [markdown]
-# Each question is answered twice, by the base and by the adapter. The true answers are scored
-# too: how likely does each side find them?
+# We see how many there are. Each question is answered twice, by the base and by the adapter. The
+# true answers are scored too: how likely does each side find them?
 
 # %%
 from helpers.evaluation import answer_losses, score_answers

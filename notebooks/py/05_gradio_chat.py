@@ -78,10 +78,10 @@ print(f"adapter from {found}")
 
 # %%
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
-from peft import PeftModel
+from tools.any_model import lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
-model = PeftModel.from_pretrained(base, adapter).eval()
+model = lay_adapter(base, adapter)
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
