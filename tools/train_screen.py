@@ -108,9 +108,9 @@ def weigh(model: LogisticRegression, texts: Sequence[str]) -> np.ndarray:
     """(n,) the score of each plain text: the highest among its pieces, as the screen takes it."""
     owners, every, leans = [], [], []
     for owner, text in enumerate(texts):
-        for piece in (split := safety.pieces(text)):
-            owners.append(owner), every.append(piece)
-            leans.append(safety.lean(safety.find(piece), piece is not split[0]))
+        for piece, found in safety.finds(text).items():
+            owners.append(owner), every.append((piece, found))
+            leans.append(safety.lean(found, piece != text))
     scores = np.full(len(texts), -np.inf)
     np.maximum.at(scores, owners, model.decision_function(matrix(every)) + leans)
     return scores
