@@ -36,17 +36,8 @@ class Screen:
     rule_ids: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One row of `safety_rules.tsv`, its pattern compiled."""
-
-    id: str
-    kind: str
-    pattern: re.Pattern[str]
-    example: str
-    counter_example: str
-    replacement: str = ""
-
+# One row of `safety_rules.tsv`, its pattern compiled; the replacement is for spellings alone.
+Rule = namedtuple("Rule", "id kind pattern example counter_example replacement")
 
 # Where a person can be reached, where that was found, and when it was last looked up.
 Helpline = namedtuple("Helpline", "region name number url source checked_on")
@@ -173,13 +164,11 @@ def _takes_back(other: Rule, found: re.Match[str], risk: re.Match[str], kind: st
 
 def _spared(risk: re.Match[str], kind: str) -> bool:
     """Whether a suppressor takes this one match back; other matches of the message stand."""
-    sentence = _around(risk.string, *risk.span(), SENTENCE_END)
+    sentence, whole = _around(risk.string, *risk.span(), SENTENCE_END), {"denial": (0,)}
     return any(
         _takes_back(other, found, risk, kind)
         for other in INPUT_SUPPRESSORS
-        for found in other.pattern.finditer(
-            risk.string, *((0, len(risk.string)) if other.kind == "denial" else sentence)
-        )
+        for found in other.pattern.finditer(risk.string, *whole.get(other.kind, sentence))
     )
 
 
@@ -197,9 +186,9 @@ CONCEPTS = {w: row["concept"] for row in _read_table(WORDS_FILE) for w in row["w
 PIECE = re.compile(r"(?:[^\s.!?。！？]+\s*){1,24}[.!?。！？]*")
 BUCKETS = 2**18
 CERTAIN = "plain_"  # a rule so named flags by itself: the first person, the present, not negated
-AT_ONCE = 3.0  # what other direct phrases add; the rest of the words may speak against them
+AT_ONCE = 2.0  # what other direct phrases add; the rest of the words may speak against them
 SURER = 1.0  # how much surer the classifier must be where a denial or an idiom took a match back
-PIECEMEAL = 2.0  # and where it sees one sentence of a long message alone
+PIECEMEAL = 3.0  # and where it sees one sentence of a long message alone
 
 
 def features(plain: str, found: dict[Rule, bool]) -> dict[int, float]:
