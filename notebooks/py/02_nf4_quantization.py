@@ -434,7 +434,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.5 * sizes["this model, NF4"][
 # | Seconds for eight shards, safetensors | not measured yet | not measured yet |
 # | Seconds for eight shards, `.bin` | not measured yet | not measured yet |
 #
-# Measured on H100: not measured yet; CPU: not measured yet.
+# Measured on H100, CPU: not measured yet.
 # <!-- end -->
 #
 # We see how far both formats stay below the 12.7 GB of a free machine. On a CPU the rounded weights
