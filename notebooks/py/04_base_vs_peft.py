@@ -43,6 +43,7 @@ QUESTION = "How can I prevent anxiety and depression?"  # the article's
 TEMPERATURE, TOP_P, PENALTY, MAX_NEW_TOKENS = 0.4, 0.6, 1.3, 256  # the article's
 COMPILE = True  # on a GPU: one decoding step as one CUDA graph
 JOINED = True  # two 4-bit products in each layer instead of four, section 10
+OWN_LOOP = False  # our decoding loop: timed on an H100 outside these pages; off until tried in them
 JUDGE = False  # True opens the form of section 9
 SEED = 0
 override(globals())
@@ -385,12 +386,15 @@ print(open_form(pairs, ("adapter", "base"), JUDGE))
 
 # %%
 from helpers.generation import compile_decoding
+from tools.decode_loop import OwnLoop
 
 steady = sampling(tokenizer, 64, 0, 1.0, 1.0)
 steady.min_new_tokens = 64
 ways = {"as it is": steady}
 if COMPILE and profile.on_gpu:
     ways["compiled"] = compile_decoding(base, steady)
+if OWN_LOOP:
+    ways["in our own loop"] = compile_decoding(base, steady, OwnLoop())
 
 # %% [markdown]
 # Each way runs once to warm up, since the first run may compile, and once against the clock.

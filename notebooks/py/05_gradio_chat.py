@@ -43,6 +43,7 @@ SERVE = False  # True keeps serving until you stop it; `make chat` sets it
 PORT = None  # on this machine alone; None takes a free one from 7860 on
 SHARE = False  # True asks Gradio for a public address, and wants a PASSWORD
 PASSWORD = None
+OWN_LOOP = False  # our decoding loop: timed on an H100 outside these pages; off until tried in them
 SEED = 0
 override(globals())
 
@@ -90,10 +91,13 @@ print(f"{use_fused_attention(base)} layers with fused attention, on {profile.dev
 
 # %%
 import torch
-from helpers.generation import Chat, reply, sampling, stream_reply
+from helpers.generation import Chat, compile_decoding, reply, sampling, stream_reply
+from tools.decode_loop import OwnLoop
 
 seeded, tokenizer = torch.manual_seed(SEED), load_tokenizer(profile.model, REVISION)
-chat = Chat(model, tokenizer, sampling(tokenizer))
+article = sampling(tokenizer)
+looped = compile_decoding(base, article, OwnLoop(room=1024)) if OWN_LOOP else article
+chat = Chat(model, tokenizer, looped)
 print(reply(chat, "How can I sleep better?"))
 
 # %% [markdown]
