@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+from benchmarks import decoding as benchmark
 from helpers import generation
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer, use_fused_attention
 from helpers.generation import Chat, compile_decoding, generate_texts, reply, sampling, stream_reply
@@ -140,6 +142,7 @@ def test_a_stream_says_what_a_batch_of_one_says_and_the_chat_what_it_said(model,
         thread.join()
         torch.manual_seed(4)
         said.append(reply(chat, "How can I sleep better?", [("Hi", "Hello.")]))
+    assert len(fast.own_loop.loops) == 1
     batch = generate_texts(model, tokenizer, PROMPTS[1:2], fast, seed=3, stop=HUMAN)[0]
     assert streamed[0] == streamed[1] == (batch.text, {"finished": batch.finished})
     assert said[0] == said[1] and len(said[0]) > 20
@@ -168,6 +171,7 @@ def test_stop_ends_the_loop_within_half_a_second(model, tokenizer, leaving, monk
         _, thread = generation._generate_in_thread(chat, "Words and words", stop, {})
         while len(steps) < 5:
             time.sleep(0.01)
+            assert thread.is_alive(), "another loop has written"
         began = time.monotonic()
         stop.set()
         thread.join()
@@ -181,6 +185,16 @@ def test_an_error_in_the_loop_is_told_and_leaves_it_free(model, tokenizer, monke
         broken.setattr(DecodeLoop, "step", lambda loop: 1 / 0)
         assert reply(chat, "Hello") == generation.FAILED
     assert reply(chat, "Hello") not in ("", generation.FAILED)
+
+
+def test_two_who_ask_at_once_take_turns(model, tokenizer) -> None:
+    """A stopped answer may still be under way when the next one begins."""
+    fast = own(model, draw_some(tokenizer, 12, draws=False), room=64)
+    alone = [generate_texts(model, tokenizer, [p], fast)[0].text for p in PROMPTS]
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(generate_texts, model, tokenizer, [p], fast) for p in PROMPTS]
+        assert [job.result()[0].text for job in jobs] == alone
+    assert len(fast.own_loop.loops) == 1
 
 
 class AskNothing(TorchDispatchMode):
@@ -232,3 +246,17 @@ def test_settings_with_a_loop_are_copied_and_printed_like_others(model, tokenize
     fast = own(model, draw_some(tokenizer))
     assert copy.deepcopy(fast).own_loop is fast.own_loop and '"room": 256' in repr(fast)
     assert compile_decoding(model.get_base_model(), fast).own_loop is None
+
+
+def test_a_later_run_fills_the_gaps_of_a_file_and_touches_nothing_else(tmp_path) -> None:
+    first = {"command": "first", "seed": {"value": 19}, "not_measured": ["drawn", "chat"]}
+    path = tmp_path / "decoding.json"
+    for found in ({"chat": {"error": "late"}, "drawn": {"n": 5}}, {"chat": {"n": 7}}):
+        benchmark.write(found, path, first, path, {"seed": 8.0})
+        first = benchmark.json.loads(path.read_text())
+    assert (first["command"], first["seed"]) == ("first", {"value": 19})
+    assert first["chat"] == {"n": 7} and first["drawn"] == {"n": 5} and "not_measured" not in first
+    assert first["later_run"]["parts"] == ["chat"] and first["later_run"]["warmup_s"]
+    before = first["later_run"]["before"]
+    assert before["parts"] == ["drawn"] and before["errors"] == {"chat": "late"}
+    assert not benchmark.measured({"chat": {"error": "late"}}, "chat")
