@@ -254,6 +254,7 @@ def test_a_later_run_fills_the_gaps_of_a_file_and_touches_nothing_else(tmp_path)
     for found in ({"chat": {"error": "late"}, "drawn": {"n": 5}}, {"chat": {"n": 7}}):
         benchmark.write(found, path, first, path, {"seed": 8.0})
         first = benchmark.json.loads(path.read_text())
+        assert "error" not in first.get("chat", {}), "an error is no figure"
     assert (first["command"], first["seed"]) == ("first", {"value": 19})
     assert first["chat"] == {"n": 7} and first["drawn"] == {"n": 5} and "not_measured" not in first
     assert first["later_run"]["parts"] == ["chat"] and first["later_run"]["warmup_s"]
