@@ -130,6 +130,18 @@ def test_what_looks_like_a_denial_is_none(text: str) -> None:
     assert any(safety.find(normalise(text)).values())
 
 
+def test_a_negation_after_a_match_takes_nothing_back() -> None:
+    assert any(safety.find(normalise("why am I still alive I don't want to be")).values())
+
+
+def test_what_the_whole_takes_back_its_sentences_do_too() -> None:
+    text = normalise(
+        "Mum thinks I want to kill myself because I wear black. I don't. I like black."
+    )
+    assert len(safety.finds(text)) > 1
+    assert not any(stands for found in safety.finds(text).values() for stands in found.values())
+
+
 def test_a_disclosure_is_sticky_and_a_later_denial_does_not_clear_it() -> None:
     history = ["I want to kill myself", "How do I sleep?", "What is a budget?", "And tea?"]
     assert "direct" in screen_input("I am fine, I was joking. I'm not suicidal.", history).kinds
