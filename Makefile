@@ -26,7 +26,6 @@ export PYTHONUNBUFFERED := 1
 
 # What must not wait for a network says so.
 demo test: export HF_HUB_OFFLINE := 1
-demo test: export WANDB_MODE := offline
 
 .PHONY: help setup demo run chat test lint drift colab results publish
 .DEFAULT_GOAL := help

@@ -42,6 +42,7 @@ from helpers.checkpoints import (
 )
 from helpers.profiles import GIB, detect_profile
 from tools.faults import Trap, at, kill
+from tools.mends import undo_mends
 from tools.results import write_result
 
 TWIN = ROOT / "notebooks/py/03_qlora_finetuning.py"
@@ -96,15 +97,17 @@ def train(arguments: list[str], out: Path, callbacks: list[TrainerCallback]) -> 
 def loads_back(space: dict[str, Any], out: Path) -> dict[str, bool | float]:
     """Does the saved adapter give the logits of the trained one? Ends the trainer's model.
 
-    Both are asked in eval mode, without the trainer's autocast, with adapters in 32 bits (what a
-    16-bit file holds fits exactly), over the same 4-bit base. If the two answers differ, the
-    other two say why: the same model twice shows whether a kernel sums in varying order, and the
-    file read into the layers in place leaves out all that taking off and putting on may change.
+    Both are asked in eval mode, without mends and the trainer's autocast, with adapters in 32
+    bits (what a 16-bit file holds fits exactly), over the same 4-bit base. If the two answers
+    differ, the other two say why: the same model twice shows whether a kernel sums in varying
+    order, and the file read into the layers in place leaves out all that taking off and putting
+    on may change.
     """
     trainer, folder = space["trainer"], out / "adapter"
     trainer.save_model(str(folder))
     trained = trainer.accelerator.unwrap_model(trainer.model).eval()
     vars(trained).pop("forward", None)
+    undo_mends(trained)
     for weight in trained.parameters():
         weight.data = weight.data.float() if weight.requires_grad else weight.data
     ids = torch.tensor([space["row"]["input_ids"]], device=space["profile"].device)

@@ -194,6 +194,7 @@ def compile_blocks(model: nn.Module, on: bool = True, dynamic: bool | None = Tru
         0
     """
     torch._dynamo.config.specialize_float = on  # else checkpointing stops at dropout's rate
+    torch._dynamo.config.optimize_ddp = not on  # else DDP cuts each block where a bucket ends
     for rule in RECOMPUTE:
         setattr(torch._functorch.config, f"ban_recompute_{rule}", not on)
     blocks = [m for m in model.modules() if isinstance(m, FalconDecoderLayer)]

@@ -12,6 +12,7 @@ import pytest
 from tools import colab_setup, series
 from tools.outputs import clean_notebook, output_problems
 from tools.script_args import override
+from tools.tables import fill
 
 FIRST = "01_data_loading"
 
@@ -42,6 +43,21 @@ def test_executed_outputs_are_text_and_pictures_only(in_step: Path) -> None:
     assert outputs[2].metadata["image/png"]["alt"] == "A line that rises from zero to one."
     counts = [c.execution_count for c in page(in_step).cells if c.cell_type == "code"]
     assert counts == [1, 2, 3, 4]
+
+
+def test_no_library_is_made_to_speak_on_the_pages(
+    in_step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With WANDB_MODE set, transformers prints a line of its own as soon as it is imported. Page 03
+    # sets the mode itself, so that nobody needs the variable.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    twin = in_step / f"notebooks/py/{FIRST}.py"
+    speaks = "import transformers.integrations.integration_utils"
+    twin.write_text(twin.read_text().replace('print("noise"', f'{speaks}\nprint("noise"'))
+    series.execute(FIRST, in_step)
+    shown = [o.get("text", "") for cell in page(in_step).cells for o in cell.get("outputs", [])]
+    assert "profile auto seed 0\n" in shown, "no line more"
+    assert "WANDB_MODE" not in (series.ROOT / "Makefile").read_text()
 
 
 def test_sync_keeps_the_outputs_of_unchanged_cells_alone(in_step: Path) -> None:
@@ -104,6 +120,46 @@ def test_tables_take_figures_from_results(in_step: Path) -> None:
     )
 
 
+def test_the_readme_shows_what_notebook_04_shows(in_step: Path) -> None:
+    new = nbformat.v4
+    cell = new.new_code_cell("print()")
+    said = "--- base: 9 tokens\nSleep  well,\nand long.\n<HUMAN>: And then?\n\n"
+    said += "--- adapter: 2 tokens\nYes.\n"
+    cell.outputs = [new.new_output("stream", name="stdout", text=said)]
+    book = new.new_notebook(cells=[cell])
+    nbformat.write(book, in_step / "notebooks/04_base_vs_peft.ipynb")
+    readme = in_step / "README.md"
+    readme.write_text("<!-- answers 5 -->\nold\n<!-- end -->\n")
+    assert "README.md: generated parts are old: run tools/series.py update" in series.check(in_step)
+    series.update(in_step)
+    shown = readme.read_text().splitlines()
+    assert shown[3:6] == ["> Sleep  well,", ">", "> and long."] and shown[7] == "> `<HUMAN>:` …"
+    assert shown[-2:] == ["> Yes.", "<!-- end -->"] and "old" not in shown
+
+
+def test_minutes_come_from_the_run(in_step: Path) -> None:
+    assert "not measured yet" in series.series_table(in_step, "OWNER/falcon")
+    file = in_step / "results/cpu/series.json"
+    file.parent.mkdir(parents=True)
+    took = {slug: {"seconds": 90.0} for slug in series.TITLES}
+    file.write_text(json.dumps({"machine": "2 cores", "date": "2026-01-02", "notebooks": took}))
+    table = series.series_table(in_step, "you/falcon").splitlines()
+    assert table[2].split(" | ")[3] == "1.5" and "colab-badge.svg" in table[2]
+    assert "2 cores, 2026-01-02: together 7.5 minutes" in table[-1]
+
+
+def test_a_column_says_where_it_looks(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps({"machine": "2 cores", "date": "2026-01-02", "s": {"base": {"loss": 4.7}}})
+    )
+    spec = "column: Loss = a.json#s.{}.loss or none\ncolumn: Turns = a.json#s.{}.turns\n"
+    text = f"<!-- table\n{spec}row: Base = base\nrow: Search = search\n-->\n<!-- end -->"
+    lines = fill(text, tmp_path, "").splitlines()
+    assert "| Base | 4.7 | not measured yet |" in lines
+    assert "| Search | none | not measured yet |" in lines
+    assert "Measured on 2 cores, 2026-01-02, [a.json](a.json)." in lines
+
+
 def test_a_twin_without_setup_cell_is_named(in_step: Path) -> None:
     twin = in_step / f"notebooks/py/{FIRST}.py"
     twin.write_text(twin.read_text().replace('tags=["setup"]', ""))
@@ -142,6 +198,15 @@ def test_a_twin_is_a_script_that_takes_its_constants(in_step: Path) -> None:
     wrong = run_twin(in_step, "SEEDS=7")
     assert wrong.returncode == 1
     assert wrong.stderr == "'SEEDS=7' is not NAME=value with a NAME out of: PROFILE, SEED.\n"
+
+
+def test_in_a_script_the_text_stands_in_for_a_picture(in_step: Path) -> None:
+    twin = in_step / f"notebooks/py/{FIRST}.py"
+    shown = "from tools.figures import new_figure, show\n"
+    shown += "show(new_figure()[0], alt='A line that rises from zero.')"
+    twin.write_text(f"import sys\nsys.path.insert(0, {str(in_step)!r})\n{shown}\n")
+    done = run_twin(in_step)
+    assert done.stdout == "A line that rises from zero.\n", done.stderr
 
 
 @pytest.mark.parametrize("argument", ["SEED=seven", "SEED=1.5", "SEED=[1]", "SEED", "=1"])

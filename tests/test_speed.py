@@ -178,6 +178,8 @@ def test_a_machine_gets_what_it_allows(monkeypatch) -> None:
     with pytest.raises(ValueError, match="FP8 = True needs a GPU of capability 9.0"):
         choose_mends(A100, 32, float8=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_mends(A100, 32) == Mends(True, True, True)  # DDP: each card holds all
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert choose_mends(A100, 32) == Mends()
     use_mends(None, Mends())
 

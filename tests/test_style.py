@@ -62,7 +62,7 @@ def test_the_style_of_the_series_as_counted() -> None:
     assert set(found["notebooks"]) == set(TITLES)
     together = found["together"]
     assert together["share_introduced"] == 1
-    assert together["share_read_aloud"] >= 0.6
+    assert all(page["share_read_aloud"] >= 0.8 for page in found["notebooks"].values())
     assert together["figures"] > 0 and together["figures"] == together["figures_with_alt_text"]
     assert found["pictures_in_text"] == found["pictures_in_text_with_alt_text"] > 0
     assert found["dead_links"] == 0

@@ -143,7 +143,6 @@ def environment(copy: Path, site: Path) -> dict[str, str]:
         "GIT_CONFIG_VALUE_0": f"https://github.com/{REPOSITORY}",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "offline",
     }
 
 

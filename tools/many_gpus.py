@@ -76,12 +76,18 @@ def quant_storage(profile: Profile) -> torch.dtype:
 def loading(profile: Profile) -> Profile:
     """Where the base is loaded: under FSDP in host memory, so that no card has to hold it whole.
 
+    The launcher leaves each process one CPU thread; to quantize there, they share all cores.
+
     Example:
         >>> from helpers.profiles import TINY
         >>> loading(TINY) is TINY
         True
     """
-    return replace(profile, device="cpu") if is_sharded() else profile
+    if not is_sharded():
+        return profile
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_processes))
+    return replace(profile, device="cpu")
 
 
 def check_sharded(profile: Profile) -> Profile:

@@ -1,15 +1,17 @@
 """Which of helpers.speed's mends a run of notebook 03 takes, and switching them on and off."""
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import AutocastKwargs
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import Trainer
 
+from helpers.joined import full_scales
 from helpers.profiles import GIB, Profile
 from helpers.speed import compile_blocks, use_float8, use_lean_lora, use_packed_rows
+from tools.many_gpus import is_sharded
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ def choose_mends(
 ) -> Mends:  # fmt: skip
     """Take what the machine allows, or what was asked for.
 
-    By default a single bf16 GPU gets all but fp8; a CPU, a T4 and several GPUs get none.
+    By default a bf16 GPU gets all but fp8, alone or beside others; a CPU, a T4 and a base in
+    pieces (FSDP) get none.
 
     Args:
         profile: the run's.
@@ -44,7 +47,7 @@ def choose_mends(
         Mends(packed=False, lean=False, compiled=False, float8=False)
     """
     newer = profile.on_gpu and profile.compute_dtype is torch.bfloat16
-    default = newer and n_fused > 0 and os.environ.get("WORLD_SIZE", "1") == "1"
+    default = newer and n_fused > 0 and not is_sharded()
     asked = (default if want is None else want for want in (packed, lean, compiled))
     mends = Mends(*asked, float8=bool(float8))
     if mends.packed and not (newer and n_fused):
@@ -81,7 +84,7 @@ def without_checkpointing(profile: Profile, mends: Mends, memory: int = 0) -> Pr
 def use_mends(trainer: Trainer, mends: Mends) -> None:
     """Apply them to a built trainer, before `train()`; with none of them, change nothing.
 
-    With lean LoRA in bf16 autocast goes too: nothing is left that it has to cast, and it takes
+    With lean LoRA in 16 bits autocast goes too: nothing is left that it has to cast, and it takes
     LayerNorms to 32 bits and back.
 
     Example:
@@ -91,7 +94,7 @@ def use_mends(trainer: Trainer, mends: Mends) -> None:
         use_packed_rows(trainer)
     if mends.lean:
         use_lean_lora(trainer.model)
-        if trainer.args.bf16:
+        if trainer.args.bf16 or trainer.args.fp16:
             trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
     if mends.float8:
         use_float8(trainer.model)
@@ -111,3 +114,21 @@ def undo_mends(model: nn.Module) -> None:
     for part in model.modules():
         if "starts_hook" in vars(part):
             vars(part).pop("starts_hook").remove()
+
+
+def undo_double_quantization(model: nn.Module) -> int:
+    """Keep every block's scale in 32 bits, as without double quantization; the weights stay equal.
+
+    Returns:
+        How many layers there are in four bits.
+
+    Example:
+        >>> undo_double_quantization(nn.Linear(2, 2))
+        0
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    for layer in layers:
+        state = layer.weight.quant_state
+        state.absmax = full_scales(state)
+        state.nested, state.state2, state.offset = False, None, None
+    return len(layers)

@@ -51,11 +51,13 @@ def gpu_folder(label: str) -> str:
 def commit_name() -> str:
     """Give the commit that is checked out, with `-dirty` behind it if tracked files differ.
 
-    The variable SERIES_COMMIT stands in where the folder is no git checkout.
+    The variable SERIES_COMMIT goes first: for a copy of the tree that is no checkout of its own.
     """
+    if "SERIES_COMMIT" in os.environ:
+        return os.environ["SERIES_COMMIT"]
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("SERIES_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def provenance(figure: str, command: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import jupytext
 import nbformat
 
 from tools.outputs import clean_notebook, output_problems
-from tools.tables import fill
+from tools.tables import MISSING, fill
 
 TITLES = {
     "01_data_loading": "Dialogues",
@@ -36,6 +36,14 @@ TITLES = {
     "03_qlora_finetuning": "Fine-tuning",
     "04_base_vs_peft": "Base against adapter",
     "05_gradio_chat": "A chat page",
+}
+# What the README's table says of each: what one knows after it.
+KNOWN = {
+    "01_data_loading": "what the rows look like in tokens, and where the loss falls",
+    "02_nf4_quantization": "where NF4's levels come from, and a model's size before it is loaded",
+    "03_qlora_finetuning": "what LoRA adds; a run with a held-out loss that survives a kill",
+    "04_base_vs_peft": "what the adapter changed, against simpler rivals, with intervals",
+    "05_gradio_chat": "a chat page, and what must stand around a model that people type to",
 }
 UNPUBLISHED = "OWNER"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
@@ -48,6 +56,7 @@ TWIN = {
 }
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 SERIES_BLOCK = re.compile(r"<!-- series -->\n.*?<!-- end -->", re.DOTALL)
+ANSWERS_BLOCK = re.compile(r"<!-- answers (\d+) -->\n.*?<!-- end -->", re.DOTALL)
 VERIFIED_BLOCK = re.compile(r"<!-- verified -->\n.*?<!-- end -->", re.DOTALL)
 
 # The same ten lines open all five notebooks. URL becomes the address in pyproject.toml.
@@ -136,21 +145,70 @@ def setup_cell(repo: str) -> str:
 
 
 def series_table(root: Path, repo: str) -> str:
-    """Write the README's table of notebooks.
+    """Write the README's table of notebooks, with the minutes that each took on a CPU.
 
     Args:
         root: the repository's folder.
         repo: owner/name.
 
     Returns:
-        A markdown table; it has a column for the badges once there is an owner.
+        A markdown table; it has a column for the badges once there is an owner, and says where
+        the minutes come from once they were measured.
     """
-    badges = bool(badge(list(TITLES)[0], repo))
-    lines = ["| Notebook |" + " Colab |" * badges, "| --- |" + " --- |" * badges]
+    path, badges = root / "results/cpu/series.json", bool(badge(list(TITLES)[0], repo))
+    run = json.loads(path.read_text()) if path.exists() else {}
+    seconds = {slug: took["seconds"] for slug, took in run.get("notebooks", {}).items()}
+    lines = ["| Notebook | After it you know | GPU | Minutes without one |" + " Colab |" * badges]
+    lines += ["| --- | --- | --- | ---: |" + " --- |" * badges]
     for slug in TITLES:
-        last = f" {badge(slug, repo)} |" if badges else ""
-        lines.append(f"| [{name(slug)}](notebooks/{slug}.ipynb) |{last}")
+        took = f"{seconds[slug] / 60:.1f}" if slug in seconds else MISSING
+        gpu = "none" if slug == list(TITLES)[0] else "A100, T4 or none"
+        line = f"| [{name(slug)}](notebooks/{slug}.ipynb) | {KNOWN[slug]} | {gpu} | {took} |"
+        lines.append(line + (f" {badge(slug, repo)} |" if badges else ""))
+    if seconds:
+        total = f"together {sum(seconds.values()) / 60:.1f} minutes"
+        lines += [
+            "",
+            f"Measured with the tiny Falcon on {run['machine']}, {run['date']}: {total}; ",
+        ]
+        lines[-1] += f"[{path.name}]({path.relative_to(root)})."
     return "\n".join(lines)
+
+
+def answers(root: Path, n_words: int) -> str:
+    """Write both answers to the article's question, as notebook 04 shows them, for the README.
+
+    Args:
+        root: the repository's folder.
+        n_words: where the base's answer is cut.
+
+    Returns:
+        Two quotations in markdown with a line before each; empty if 04 was not run.
+    """
+    path = root / "notebooks/04_base_vs_peft.ipynb"
+    cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+    shown = [o.get("text", "") for cell in cells for o in cell.get("outputs", [])]
+    parts = [re.split(r"^--- (?:base|adapter): .*\n", s, flags=re.MULTILINE) for s in shown]
+    base, adapter = next((p[1:] for p in parts if len(p) == 3), ("", ""))
+    if not base:
+        return ""
+    start = "".join(re.findall(r"\s*\S+", base)[:n_words])
+    quoted = [quotation(start + " …" * (start != base.rstrip())), quotation(adapter)]
+    return f"Before, the base:\n\n{quoted[0]}\n\nAfter, with the adapter:\n\n{quoted[1]}"
+
+
+def quotation(text: str) -> str:
+    """Quote an answer in markdown, its tags set as code.
+
+    Example:
+        >>> print(quotation("Sleep.\\n<HUMAN>: Why?"))
+        > Sleep.
+        >
+        > `<HUMAN>:` Why?
+    """
+    lines = filter(None, map(str.strip, text.splitlines()))
+    marked = (re.sub(r"(<[A-Z]+>:?)", r"`\1`", line) for line in lines)
+    return "\n>\n".join(f"> {line}" for line in marked)
 
 
 def verified(root: Path = ROOT) -> str:
@@ -228,6 +286,9 @@ def updated_readme(root: Path = ROOT) -> str:
     table = f"<!-- series -->\n{series_table(root, repository(root))}\n<!-- end -->"
     line = f"<!-- verified -->\n{verified(root)}\n<!-- end -->"
     text = VERIFIED_BLOCK.sub(lambda _: line, SERIES_BLOCK.sub(lambda _: table, text))
+    text = ANSWERS_BLOCK.sub(
+        lambda m: f"<!-- answers {m[1]} -->\n{answers(root, int(m[1]))}\n<!-- end -->", text
+    )
     return fill(text, root, "")
 
 
@@ -382,7 +443,8 @@ def execute(slug: str, root: Path = ROOT, timeout_s: int = 1800) -> float:
     """
     from nbclient import NotebookClient
 
-    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    os.environ.pop("WANDB_MODE", None)  # transformers prints a line of its own for it on the page
+    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     os.environ.update(offline, TOKENIZERS_PARALLELISM="false", GRADIO_ANALYTICS_ENABLED="False")
     path, start = root / f"notebooks/{slug}.ipynb", time.perf_counter()
     notebook = merged(read_twin(slug, root), None)

@@ -11,7 +11,10 @@ A block in a notebook's text cell or in the README reads
     <!-- end -->
 
 A column takes the first of its files that exists, a row the figure under that dotted key. What
-no file holds reads "not measured yet".
+no file holds reads "not measured yet". A column may say where in its file to look, with {} in
+place of the row's key, and what stands there if nothing can:
+
+    column: Loss = results/cpu/crossval.json#sample.systems.{}.answer_loss or none
 """
 
 import json
@@ -21,6 +24,7 @@ from typing import Any
 
 BLOCK = re.compile(r"<!-- table\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 MISSING = "not measured yet"
+SPOT = re.compile(r"(?P<file>[^#]+)(?:#(?P<key>\S+))?(?: or (?P<otherwise>.+))?")
 
 
 def number(value: Any) -> str:
@@ -51,7 +55,7 @@ def look_up(data: Any, key: str) -> Any:
 
     Args:
         data: what a results file holds, or None if there is no file.
-        key: names joined by dots.
+        key: names joined by dots; in a list, the place, counted from 0.
 
     Returns:
         What lies there, or None.
@@ -59,8 +63,12 @@ def look_up(data: Any, key: str) -> Any:
     Example:
         >>> look_up({"base": {"eos_rate": 0.1}}, "base.eos_rate"), look_up({}, "base.eos_rate")
         (0.1, None)
+        >>> look_up({"padding": [0.46, 0.2]}, "padding.1"), look_up({"padding": []}, "padding.1")
+        (0.2, None)
     """
     for name in key.split("."):
+        if isinstance(data, list):
+            data = {str(place): item for place, item in enumerate(data)}
         if not isinstance(data, dict) or name not in data:
             return None
         data = data[name]
@@ -109,22 +117,45 @@ def render(spec: str, root: Path, up: str) -> str:
         A markdown table, an empty line, and one line on where the figures were measured.
     """
     columns, rows = read_spec(spec)
-    found = [next((f for f in files if (root / f).exists()), None) for _, files in columns]
-    data = [json.loads((root / f).read_text()) if f else None for f in found]
+    spots = [[m for f in files if (m := SPOT.fullmatch(f))] for _, files in columns]
+    found = [next((m for m in there if (root / m["file"]).exists()), None) for there in spots]
+    data = [json.loads((root / m["file"]).read_text()) if m else None for m in found]
     lines = [
         "| | " + " | ".join(title for title, _ in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
     for title, key in rows:
-        values = [look_up(d, key) for d in data]
-        cells = [MISSING if v is None else number(v) for v in values]
+        cells = [cell(m, d, key) for m, d in zip(found, data, strict=True)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    sources = [
-        f"{title}: {d['machine']}, {d['date']}, [{Path(f).name}]({up}{f})" if d else
-        f"{title}: {MISSING}"
-        for (title, _), f, d in zip(columns, found, data, strict=True)
-    ]  # fmt: skip
-    return "\n".join([*lines, "", "Measured on " + "; ".join(sources) + "."])
+    sources: dict[str, list[str]] = {}
+    for (title, _), m, d in zip(columns, found, data, strict=True):
+        file = m["file"] if m else ""
+        link = f"[{Path(file).name}]({up}{file})"
+        origin = f"{d['machine']}, {d['date']}, {link}" if d else MISSING
+        sources.setdefault(origin, []).append(title)
+    whole = len(sources) == 1 and len(columns) > 1 and MISSING not in sources
+    said = [o if whole else f"{', '.join(titles)}: {o}" for o, titles in sources.items()]
+    return "\n".join([*lines, "", "Measured on " + "; ".join(said) + "."])
+
+
+def cell(spot: re.Match[str] | None, data: Any, key: str) -> str:
+    """Write one cell of a table.
+
+    Args:
+        spot: where the column looks, as `SPOT` reads it; None if none of its files exists.
+        data: what that file holds, or None.
+        key: the row's key.
+
+    Returns:
+        The figure; else what the column names for it; else "not measured yet".
+
+    Example:
+        >>> spot = SPOT.fullmatch("a.json#systems.{}.loss or none")
+        >>> cell(spot, {"systems": {"base": {"loss": 4.72}}}, "base"), cell(spot, {}, "base")
+        ('4.72', 'none')
+    """
+    value = look_up(data, (spot["key"] or "{}").replace("{}", key)) if spot else None
+    return number(value) if value is not None else (spot and spot["otherwise"]) or MISSING
 
 
 def fill(text: str, root: Path, up: str) -> str:

@@ -9,12 +9,16 @@
 # many times the article's recipe reads each of them. You will have three parts on disk, one to
 # train on, one to watch and one that nobody opens before notebook 04.
 #
+# *The article* is A. Brahma's of 2023 (section 11). It was among the first to show QLoRA on
+# Falcon-7B in the open. We keep its recipe and its values, and say where we found otherwise.
+#
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
 # | GPU memory, GiB | none | none | none |
 # | Minutes | not measured yet | not measured yet | under 1 |
 #
-# The setup cell finds the helpers and prints what we run on.
+# The setup cell finds the helpers and prints what we run on. In Colab it first installs the pins,
+# and may restart the runtime once: then press *Run all* again.
 
 # %% tags=["setup"]
 import subprocess, sys
@@ -31,6 +35,7 @@ from tools.colab_setup import override, prepare
 print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on
 
 # %% [markdown]
+# We see versions, whether there is a GPU, and the number format that this machine computes in.
 # Everything we may want to change stands in the next cell and nowhere else.
 
 # %% tags=["parameters"]
@@ -57,9 +62,9 @@ rows, dropped = load_dialogues(source := DATASET or profile.dataset, DATASET_REV
 print(f"{len(rows)} rows from {source.split('/')[-1]}, left out: {dropped or 'none'}")
 
 # %% [markdown]
-# The count says how many rows we have, and whether any had to stay behind and why. On a
-# laptop these are the project's own 172 dialogues, written for it in the format and spread of
-# the article's set; on a GPU it is that set itself. Let us look at one.
+# We see how many rows there are, 172 in either set, and whether any had to be left out and why.
+# On a laptop these are the project's own dialogues, written for it in the format and spread of the
+# article's; on a GPU they are the article's. Let us look at one.
 
 # %%
 example = rows[0]
@@ -67,8 +72,8 @@ print("question:", example["question"])
 print("answer:  ", example["answer"])
 
 # %% [markdown]
-# We see one turn: a question, and an answer of a few sentences in a plain voice. Every row is
-# like that, so whatever the model learns here, it will not be long conversations.
+# We see one question and one answer of a few sentences, in a plain voice. Every row is like
+# that, so whatever the model learns here, it will not be long conversations.
 #
 # ## 2. The format, and a space that matters
 # For training, a row becomes one text with two tags. The prompt is that text up to and
@@ -83,9 +88,10 @@ print(text[: len(prompt) + 40], "…")
 assert split_dialogue(text) == (example["question"], example["answer"])
 
 # %% [markdown]
-# The text splits back into what we put in. Now the trap: should the prompt end in `<ASSISTANT>:`
-# or in `<ASSISTANT>: `, with a space? We predict that only one of them is a prefix of the
-# training text *in tokens*, and those are all that the model sees.
+# We see both tags, and the answer behind the second. The assert says that the text splits back
+# into what we put in. Now a trap: should the prompt end in `<ASSISTANT>:` or in `<ASSISTANT>: `,
+# with a space? A model sees tokens and no letters, so we compare tokens. We predict that only one
+# of the two is how the training text begins.
 
 # %%
 from helpers.falcon import load_tokenizer
@@ -94,14 +100,17 @@ tokenizer = load_tokenizer(profile.model, REVISION)
 whole = tokenizer(text).input_ids
 for ending in ("", " "):
     ids = tokenizer(prompt + ending).input_ids
-    print(f"prompt + {ending!r:3}: a token prefix of the text? {whole[: len(ids)] == ids}")
+    fits, there = whole[: len(ids)] == ids, tokenizer.convert_ids_to_tokens(whole[: len(ids)])
+    print(f"prompt + {ending!r:3}: the text begins so? {fits!s:5}  prompt ends",
+          f"{tokenizer.convert_ids_to_tokens(ids)[-2:]}, text goes {there[-2:]}")
 assert whole[: len(tokenizer(prompt).input_ids)] == tokenizer(prompt).input_ids
 
 # %% [markdown]
-# The bare tag is a prefix, the tag and a space are not: in the text the space belongs to the
-# first word of the answer. A prompt with that space asks the model to go on from a place it was
-# never in. The article's chat went further and put an instruction and an example before the
-# question, which no training row has; we keep to the format of the rows.
+# We see True for the bare tag and False with a space. `Ġ` stands for a space: in the text it
+# belongs to the first word of the answer, in the prompt it is left over as a token of its own.
+# That asks the model to go on from a place where it never was. The article's chat went further and
+# put an instruction and an example before the question. No training row has those, so what was
+# trained and what was asked differ; we keep to the format of the rows.
 #
 # ## 3. Lengths
 # Texts are cut at `max_length` tokens, so the first question to any data set is how long its
@@ -117,69 +126,143 @@ lengths = [len(ids) for ids in tokenizer(texts).input_ids]
 print(f"{len(lengths)} rows, the first of {lengths[0]} tokens")
 
 # %% [markdown]
-# One length for each row. A summary, and what three cuts would shorten:
+# We see one length for each row. The article cut at 1,024 tokens, the T4's profile cuts at 512. We
+# predict that even the shorter cut touches at most one row in fifty.
 
 # %%
 summary = length_report(lengths)
 print(", ".join(f"{name} {value:,.0f}" for name, value in summary.items()))
+assert DATASET or summary["over_512"] <= summary["rows"] / 50
 
 # %% [markdown]
-# The last three numbers count the rows that a cut at 256, 512 or 1,024 tokens would shorten.
-# A picture says it faster.
+# The numbers behind `over` count the rows that a cut at 256, 512 or 1,024 tokens would shorten; the
+# last two are as good as none. A picture says it faster. Below the histogram lies a bar for the
+# article's own rows, which Falcon's tokenizer cuts into pieces of its own.
 
 # %%
+import json
+
 from tools.figures import COLOURS, new_figure, show
 
-figure, axis = new_figure(size=(8, 3))
-axis.hist(lengths, bins=range(0, max(1100, summary["max"]), 20), color=COLOURS[5])
+known = json.loads((root / "results/cpu/real_rows.json").read_text())["falcon_tokenizer"]["lengths"]
+figure, axis = new_figure(size=(8, 3.2))
+axis.hist(lengths, range(0, max(1100, summary["max"]), 20), color=COLOURS[5], label="rows here")
+top, low, high = axis.get_ylim()[1], known["min"], known["max"]
+axis.barh(-0.09 * top, high - low, 0.08 * top, low, color=COLOURS[1], label="the article's rows")
+axis.plot(known["median"], -0.09 * top, "k|", markersize=12, label="their median")
 for cut in (256, 512, 1024):
     axis.axvline(cut, color=COLOURS[6], linestyle="--")
-    axis.text(cut + 8, axis.get_ylim()[1] * 0.9, f"{cut}: {summary[f'over_{cut}']} rows over")
-axis.set(xlabel="tokens a row, end-of-text included", ylabel="rows")
-show(figure, alt="Histogram of row lengths in tokens with dashed lines at the cuts 256, 512 and "
-     "1,024. Nearly all rows lie left of 512; under half lie right of 256.")
+    axis.text(cut - 8, top / 2, f"cut at {cut:,}:\n{summary[f'over_{cut}']} rows over", ha="right")
+axis.set(xlabel="tokens a row, end-of-text included", ylabel="rows", xlim=(0, 1100))
+axis.legend(loc="upper center", bbox_to_anchor=(0.7, 1))
+show(figure, alt="Histogram of row lengths in tokens, below it a bar from the article's shortest "
+     "row to its longest. Dashed lines at 256, 512 and 1,024: nothing lies far right of 512.")
 
 # %% [markdown]
-# We see a hill well to the left of 512. A cut at 1,024, the article's, touches nothing and costs
-# nothing either, since a batch is only as long as its longest row. A cut at 512, the T4's, is
-# nearly free.
+# The histogram ends to the left of 512, or hardly beyond it. A cut at 1,024, the article's, touches
+# nothing and costs nothing either, since a batch is only as long as its longest row. A cut at 512,
+# the T4's, is nearly free. The article's rows, of which we may show figures and no text:
 #
-# > **Why?** The article's chat let the model write at most 256 tokens and padded with the
-# > end-of-text token. With pad and end the same, padding hides the end in the loss, the model
-# > never learns to stop, and answers run into that limit. Our pad token is another one.
+# <!-- table
+# column: Falcon's tokenizer = results/cpu/real_rows.json
+# row: Rows = falcon_tokenizer.lengths.rows
+# row: Tokens, end-of-text included = falcon_tokenizer.lengths.tokens
+# row: Shortest row = falcon_tokenizer.lengths.min
+# row: Median row = falcon_tokenizer.lengths.median
+# row: Longest row = falcon_tokenizer.lengths.max
+# row: Rows over 256 tokens = falcon_tokenizer.lengths.over_256
+# row: Rows over 512 tokens = falcon_tokenizer.lengths.over_512
+# row: Padding in random batches of 16, share (section 4) = falcon_tokenizer.padding.16.0
+# row: Padding in order, batches of 16, share (section 4) = falcon_tokenizer.padding.16.1
+# row: Rows that mention suicide (section 7) = falcon_tokenizer.suicide_rows
+# row: Questions that mention it = falcon_tokenizer.suicide_questions
+# -->
+# | | Falcon's tokenizer |
+# | --- | ---: |
+# | Rows | 172 |
+# | Tokens, end-of-text included | 37,908 |
+# | Shortest row | 48 |
+# | Median row | 207 |
+# | Longest row | 524 |
+# | Rows over 256 tokens | 71 |
+# | Rows over 512 tokens | 1 |
+# | Padding in random batches of 16, share (section 4) | 0.459 |
+# | Padding in order, batches of 16, share (section 4) | 0.2 |
+# | Rows that mention suicide (section 7) | 14 |
+# | Questions that mention it | 8 |
+#
+# Measured on Falcon's tokenizer: 2 cores of x86_64, no GPU, 2026-11-24, [real_rows.json](../results/cpu/real_rows.json).
+# <!-- end -->
+#
+# Each row must also keep its end in the *loss*. The article's notebook padded with the end-of-text
+# token, and collators of its day find padding by its id and take it out of the loss. We predict
+# that every row's end goes with it, and that it stays if the pad token is another one.
+
+# %%
+from transformers import DataCollatorForLanguageModeling
+
+ends = {}
+for pad in (tokenizer.eos_token, tokenizer.pad_token):
+    other = load_tokenizer(profile.model, REVISION)
+    other.pad_token = pad
+    batch = DataCollatorForLanguageModeling(other, mlm=False)([other(t) for t in texts[:3]])
+    ends[pad] = (batch["labels"] == other.eos_token_id).sum(dim=1).tolist()
+    print(f"pad token {pad!r:15} ends in the loss of three rows: {ends[pad]}")
+assert list(ends.values()) == [[0, 0, 0], [1, 1, 1]]
+
+# %% [markdown]
+# We see no end in the loss in the first line, and one in each row in the second. A model whose loss
+# never holds an end is not taught to stop; the article's chat then cuts it off after 256 new
+# tokens. Our pad token, the one of the second line, is a token of Falcon's that no text of ours
+# uses.
 #
 # ## 4. What padding costs
-# Rows of a batch are padded to the longest. How much of the work goes into padding if 16 rows
-# are drawn at random, as the article's trainer would with a plain shuffle, and how much if each
-# step's rows are first sorted by length? We predict about a third, and a fraction of that.
+# Rows of a batch are padded to the longest. How much of the work is padding if the rows are drawn
+# at random? A batch of $b$ rows is as long as its longest, and how long that is on average follows
+# from the lengths alone. So we can predict before anything is drawn.
+
+# %%
+def expected_padding(lengths, batch):
+    """Padding's share of random batches: one minus mean length over expected longest."""
+    n, ordered = len(lengths), sorted(lengths)
+    longest = sum(x * ((k + 1) ** batch - k**batch) for k, x in enumerate(ordered)) / n**batch
+    return 1 - sum(lengths) / n / longest
+
+predicted = {batch: expected_padding(lengths, batch) for batch in (4, 8, 16)}
+print("predicted at random:", *(f"{share:.0%} (batch {b})" for b, share in predicted.items()))
+
+# %% [markdown]
+# We see padding's predicted share grow with the batch. Now the rows are laid out, twice: twenty
+# steps of 64 rows in a random order, and the same steps with their rows sorted, longest first.
 
 # %%
 from helpers.training import padding_share, row_order
 
 order = row_order(lengths, rows_per_step=64, steps=20, seed=SEED)
 shuffled = row_order([0] * len(lengths), rows_per_step=64, steps=20, seed=SEED)
-print(f"{len(order):,} rows laid out, the first step begins with {order[:4]}")
+print(f"{len(order):,} rows laid out; the first step begins with rows {order[:4]}, "
+      f"of {[lengths[i] for i in order[:4]]} tokens")
 
 # %% [markdown]
-# Twenty steps of 64 rows, longest first. How much of each batch would be padding?
+# We see rows by number, and that none is longer than the one before it. How much padding do both
+# orders have? We predict the shares above for the first, and less for the second.
 
 # %%
-waste = {}
-for batch in (4, 8, 16):
-    waste[batch] = [padding_share(lengths, o, batch) for o in (shuffled, order)]
-    print(f"batch {batch:2}: {waste[batch][0]:.0%} at random, {waste[batch][1]:.0%} in order")
-assert all(ordered < random for random, ordered in waste.values())
+for batch, expected in predicted.items():
+    at_random, in_order = (padding_share(lengths, o, batch) for o in (shuffled, order))
+    print(f"batch {batch:2}: {at_random:.0%} at random, {in_order:.0%} in order")
+    assert in_order < at_random and (DATASET or abs(at_random - expected) < 0.04)
 
 # %% [markdown]
-# In order, padding falls to a small part of what a random draw wastes, for every batch size.
-# Nothing is traded for it: a step still takes the same 64 rows and sums over all their tokens,
-# so the gradient is the same; only the grouping inside the step changes. And because the order
-# is laid out once, from the seed, a run that dies at step 200 resumes with row 12,801.
+# We see the prediction met at random, and far less padding in order, for every batch size.
+# Nothing is traded for it. A step still takes the same 64 rows and sums over all their tokens, so
+# the gradient is the same; only the grouping inside the step changes. And because the order is laid
+# out once, from the seed, a run that dies goes on with the very next row.
 #
 # ## 5. Where the loss falls
 # We want the model to learn answers, not questions. Given `prompt` and `completion`, SFTTrainer
-# sets the label of every prompt token to −100, which the loss skips. Here are the labels of a
-# short row, token by token.
+# sets the label of every prompt token to −100, which the loss skips. We make the labels of the
+# shortest row ourselves; page 03 looks at the library's own.
 
 # %%
 short = min(range(len(lengths)), key=lengths.__getitem__)
@@ -191,8 +274,9 @@ print(f"{n_prompt} tokens without loss, {len(ids) - n_prompt} with; the last lab
 assert labels[-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 # %% [markdown]
-# The last label is the end-of-text token: stopping is part of what is learned. The same row as
-# a picture, one box a token.
+# We see fewer tokens without loss than with: the question is the shorter part. The last label is
+# the end-of-text token, so stopping is part of what is learned. The same row as a picture, one box
+# a token.
 
 # %%
 pieces = tokenizer.convert_ids_to_tokens(ids)
@@ -208,7 +292,7 @@ show(figure, alt="One training row as boxes, one a token: grey boxes for the que
      "tags, which carry no loss, then yellow boxes for every token of the answer and the end.")
 
 # %% [markdown]
-# Grey tokens are read, yellow ones are learned. A dot is a space, an arrow a line break.
+# Grey boxes are read, yellow ones are learned. A dot is a space, an arrow a line break.
 #
 # ## 6. Three parts, and no question in two of them
 # A row that is trained on cannot test anything. We set 18 rows aside to watch the loss during
@@ -221,24 +305,34 @@ from helpers.dialogues import normalise_question, split_rows
 parts = split_rows(rows, seed=SEED)
 asked = {name: {normalise_question(q) for q in part["question"]} for name, part in parts.items()}
 print({name: len(part) for name, part in parts.items()})
-assert not asked["train"] & asked["test"] and not asked["train"] & asked["validation"]
-assert sum(len(part) for part in parts.values()) == len(rows)
+assert sum(map(len, asked.values())) == len(set().union(*asked.values())), "a question in two parts"
+assert sum(map(len, parts.values())) == len(rows)
 
 # %% [markdown]
-# Three parts that share no question and together are all rows. The article held nothing back;
-# its loss of 0.03 at the end is the loss on rows it had read over a hundred times. How many
-# times, exactly? Predict before you read on: 320 steps of 16 × 4 rows.
+# We see the rows of train, validation and test; the asserts say that no two parts share a question
+# and that together they are all rows. The article held nothing back, so the last loss that it
+# reports is one on rows that it had read many times. How many? It trained 320 steps of 4 batches of
+# 16 rows. Predict before you read on.
 
 # %%
-seen, n_train = 320 * 16 * 4, len(parts["train"])
-print(f"{seen:,} rows read, {seen / 172:.0f} passes over 172 rows")
-own = profile.max_steps * profile.batch_size * profile.accumulation
-print(f"this profile: {own:,} rows, {own / n_train:.1f} passes over {n_train}")
+steps, batch, accumulation, n_rows = 320, 16, 4, 172
+read = steps * accumulation * batch
+print(f"{read:,} rows if every batch is full: {read / n_rows:.0f} passes over {n_rows}")
+a_pass = -(-n_rows // batch)
+print(f"{a_pass} batches a pass, the last one short: {steps * accumulation / a_pass:.0f} passes")
 
 # %% [markdown]
-# By this count every row is read 119 times; the article's own log says 116, as its last
-# micro-batch of each pass was short. That many passes teach a model to recite. Notebook 03 shows
-# when the loss on held-out rows stops falling: long before.
+# We see 119 passes by the first count and 116 by the second, which is what the article's own log
+# says. That many teach a model to recite, and with no row held out nobody could see it. And ours?
+
+# %%
+own = profile.max_steps * profile.batch_size * profile.accumulation
+print(f"this profile reads {own:,} rows: {own / len(parts['train']):.1f} passes")
+
+# %% [markdown]
+# We see the passes of this profile: few on a laptop, many on an A100, which takes the article's 320
+# steps. So notebook 03 watches the loss on the held-out rows and keeps the step where it was
+# lowest.
 #
 # ## 7. What these rows are about
 # This is a data set on mental health. Before we build a chat on it, we count the rows that
@@ -250,9 +344,10 @@ asking = [i for i in touching if "suicid" in rows[i]["question"].lower()]
 print(f"{len(touching)} of {len(rows)} rows mention suicide, {len(asking)} of them in the question")
 
 # %% [markdown]
-# The rows are few, and a model that learns from few rows will sometimes answer such a question
-# badly. People will ask. That is why the chat of notebook 05 puts a layer of plain rules before
-# and after the model, and answers a cry for help with a fixed text and telephone numbers.
+# We see that few rows mention suicide, and fewer questions do; the table of section 3 has the
+# article's counts. A model that learns from so few will sometimes answer such a question badly, and
+# people will ask. That is why the chat of notebook 05 puts a screen before and after the model, and
+# answers a cry for help with a fixed text and telephone numbers.
 #
 # > **Note.** If you are in danger or thinking of ending your life, please reach a person now:
 # > your local emergency number, or a line near you from
@@ -271,7 +366,7 @@ assert all(list(again[name]) == list(part) for name, part in parts.items())
 print("saved and read back:", {name: part.num_rows for name, part in again.items()})
 
 # %% [markdown]
-# What was saved is what we read back.
+# We see the same train, validation and test rows as before: what was saved is what we read back.
 #
 # ## 9. What you have now
 # Three parts on disk, a prompt format whose tokens fit, and the numbers that the next pages

@@ -9,12 +9,17 @@
 # 4.127 bits and not 4. You can tell how many bytes a model will take before you download it,
 # and you can catch a loader that says "4 bit" and loads sixteen.
 #
+# To *quantize* is to keep, instead of a number, the index of the nearest one in a short table. The
+# table is the same for all weights; a *scale*, kept for each block of them, says how far it
+# reaches.
+#
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
 # | GPU memory, GiB | not measured yet, see section 5 | not measured yet, see section 5 | none |
 # | Minutes | not measured yet | not measured yet | under 1 |
 #
-# The setup cell finds the helpers and prints what we run on.
+# The setup cell finds the helpers and prints what we run on. In Colab it first installs the pins,
+# and may restart the runtime once: then press *Run all* again.
 
 # %% tags=["setup"]
 import subprocess, sys
@@ -63,31 +68,34 @@ assert torch.equal(levels, bnb.functional.get_4bit_type("nf4", device="cpu"))
 
 # %% [markdown]
 # The assert passed: sixteen equal float32 values. We see gaps from 0.080, next to zero, to 0.304,
-# at the lower end. The article that this series modernises calls the levels "evenly spaced".
-# What is evenly spaced is the probability; evenly spaced levels would have one gap, 2/15 = 0.133,
-# everywhere. `helpers/nf4.py` takes the same road in torch alone.
+# at the lower end. The article calls the levels "evenly spaced". What is evenly spaced is the
+# probability; evenly spaced levels would have one gap, 2/15 = 0.133, everywhere. `helpers/nf4.py`
+# takes the same road in torch alone.
 #
 # Now a real weight, and two other tables to compare with: even spacing, and the 4-bit float FP4.
-# We read one matrix of the first decoder layer from the checkpoint, without the rest of the
-# model, and keep at most 1,024 of its rows. The imports serve the whole page.
+# We read the first of the widest matrices from the checkpoint, without the rest of the model, and
+# keep at most 1,024 of its rows. The imports serve the whole page.
 
 # %%
 from einops import rearrange
 from helpers import nf4
 from helpers.falcon import load_config, load_falcon, nf4_config, quantize_falcon_linears
 from helpers.profiles import TINY, detect_profile
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 
 profile = detect_profile(PROFILE, model=MODEL)
-weight = nf4.read_weight(profile.model, ".h.0.mlp.dense_h_to_4h.weight", REVISION)[:1024]
-print(f"{tuple(weight.shape)} {weight.dtype}, standard deviation {weight.float().std():.4f}")
+to_round = nf4.linear_shapes(load_config(profile.model, REVISION))
+widest = max(to_round, key=lambda name: to_round[name][0] * to_round[name][1])
+weight = nf4.read_weight(profile.model, f"{widest}.weight", REVISION, to_round[widest])[:1024]
+print(widest, tuple(weight.shape), weight.dtype, f"standard deviation {weight.float().std():.4f}")
 tables = {"NF4": nf4.NF4_LEVELS, "uniform": nf4.uniform_levels(), "FP4": nf4.fp4_levels()}
 
 # %% [markdown]
-# The checkpoint holds 16-bit values, and their standard deviation is far below 1; we come back to
-# that. NF4 takes 64 consecutive weights as a block and divides each block by its largest absolute
-# value. If the weights are roughly normal, most of them must now lie in the inner half of the
-# range, from -0.5 to 0.5; evenly spread ones would lie there one time in two.
+# We see 16-bit values with a standard deviation far below 1; we come back to that. NF4 takes 64
+# consecutive weights as a block and divides each block by its largest absolute value. If the
+# weights are roughly normal, most of them must now lie in the inner half of the range, from -0.5 to
+# 0.5; evenly spread ones would lie there one time in two.
 
 # %%
 blocks = rearrange(weight, "rows (n k) -> (rows n) k", k=64)[: 2**14].float()
@@ -97,7 +105,7 @@ for name, values in {"weights": scaled, **tables}.items():
 assert (scaled.abs() < 0.5).float().mean() > 0.6
 
 # %% [markdown]
-# Most weights lie in the inner half. NF4 spends 62 % of its levels there, even spacing 50 %; FP4
+# We see most weights in the inner half. NF4 spends 62 % of its levels there, even spacing 50 %; FP4
 # has 60 %, but a float spends its levels by powers of two. The picture shows where each of them
 # looks closely.
 
@@ -176,9 +184,10 @@ for value, code in list(zip(block, by_hand, strict=True))[:4]:
     print(f"{value:+.5f} / {absmax:.5f} = {place:+.3f} -> {code:2} -> {restored:+.5f}")
 
 # %% [markdown]
-# Each line reads: the weight, its place in [-1, 1], the index that is stored, the weight we get
-# back. The last column follows the first, but coarsely. bitsandbytes must find the same
-# indices. It packs two of them into a byte, the first in the upper four bits.
+# We see four weights, each with the block's largest absolute value, its place in [-1, 1], the index
+# that is stored, and the weight we get back. The last column follows the first, but coarsely. We
+# predict that bitsandbytes finds the same indices. It packs two of them into a byte, the first in
+# the upper four bits.
 
 # %%
 packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
@@ -188,7 +197,7 @@ assert torch.equal(codes[:64], by_hand.to(torch.uint8))
 assert torch.equal(codes, nf4.quantize_nf4(weight)[0].flatten())
 
 # %% [markdown]
-# Half as many bytes as weights, and not one index differs, straight from the stored 16 bits.
+# We see half as many bytes as weights, and the asserts say that not one index differs.
 #
 # The article also asks for weights of "zero mean and unit variance". NF4 uses neither: only the
 # largest absolute value counts. So a block a thousand times larger must get the same indices. A
@@ -202,8 +211,9 @@ print(f"1,024 times larger: same indices {same}; shifted: {moved} of 64 differ")
 assert same and moved > 32
 
 # %% [markdown]
-# Multiplying changes nothing (`True`); shifting moves most indices. Weights that happen to lie
-# around zero suit NF4; no step of it puts them there.
+# We see True: multiplying changes nothing. Shifting moves most indices. The block's own mean and
+# standard deviation, printed first, enter nowhere. Weights that happen to lie around zero suit NF4;
+# no step of it puts them there.
 #
 # ## 3. Why 4.127 bits
 # The scales cost something too. One 32-bit scale for 64 weights is half a bit a weight: 4.5 in
@@ -218,8 +228,8 @@ print(f"{nf4.predicted_bits(False)} bits once, {nf4.predicted_bits():.4f} twice;
 assert abs(bits - nf4.predicted_bits()) < 0.001
 
 # %% [markdown]
-# Predicted and held agree at 4.127 bits: double quantization gives back 0.373 of the half bit.
-# The price is one more rounding, of the scales; exercise 3 measures it.
+# We see 4.1270 bits predicted and the same held: double quantization gives back 0.373 of the half
+# bit. The price is one more rounding, of the scales; exercise 3 measures it.
 #
 # ## 4. Why the checkpoint comes in shards
 # First the shapes, without a byte of memory: on the "meta" device a model has shapes and no
@@ -227,10 +237,10 @@ assert abs(bits - nf4.predicted_bits()) < 0.001
 
 # %%
 configs = {"this model": load_config(profile.model, REVISION), "Falcon-7B": FalconConfig()}
-with torch.device("meta"):
-    plain = {name: FalconForCausalLM(c).bfloat16() for name, c in configs.items()}
+plain = {name: nf4.on_meta(config) for name, config in configs.items()}
 for name, count in {k: falcon.num_parameters() for k, falcon in plain.items()}.items():
     print(f"{name:10} {count:>13,} weights, {count * 2 / 1e9:.2f} GB in 16 bits")
+shapes, files = plain["this model"].state_dict(), nf4.weight_map(profile.model, REVISION)
 
 # %% [markdown]
 # Falcon-7B takes 13.84 GB (10⁹ bytes) in 16 bits. Free Colab has 12.7 GB of host memory: a
@@ -239,23 +249,23 @@ for name, count in {k: falcon.num_parameters() for k, falcon in plain.items()}.i
 # predict that no file is more than twice the average, so that one at a time is a small load.
 
 # %%
-shapes, where = plain["this model"].state_dict(), nf4.weight_map(profile.model, REVISION)
-parts = {f: [t.nbytes for n, t in shapes.items() if where.get(n) == f] for f in where.values()}
+where = {n: files.get(n) or files.get(n.partition(".")[2]) for n in shapes}  # GPT-2's lack a word
+parts = {f: [t.nbytes for n, t in shapes.items() if where[n] == f] for f in where.values() if f}
 biggest, whole = max(map(sum, parts.values())), sum(map(sum, parts.values()))
 print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest / whole:.0%}")
 assert biggest <= 2 * whole / len(parts)
 
 # %% [markdown]
-# The last figure is what a loader that reads one file at a time would ask of the host: the biggest
-# shard instead of the whole. What today's really takes was not told apart from mapped files yet. Today's loaders map files into memory and could do without shards; downloads that
-# resume and smaller machines still profit.
+# We see the biggest file's share of the whole: so much a loader holds that reads one file at a time.
+# Today's loaders map files into memory instead and could do without shards; downloads that resume
+# and smaller machines still profit. What loading really takes was measured; section 5 reads it out.
 #
-# > **Note.** The article has shards "moved between CPU and GPU". Each weight makes one journey:
-# > file, host, GPU. There it is rounded, and there it stays; section 5 looks.
+# The article has shards "moved between CPU and GPU", as if they went back and forth. We predict
+# one journey for each weight: file, host, GPU, where it is rounded and stays. Section 5 looks.
 #
 # ## 5. Predict the bytes, then load
-# Only the four linears of each decoder layer are rounded. We count their weights from the
-# configuration, for our model and for Falcon-7B.
+# Only the linears of the decoder layers are rounded, in Falcon four in each. We count their weights
+# from the configuration, for our model and for Falcon-7B, and multiply by 4.127 bits.
 
 # %%
 predicted = {}
@@ -266,7 +276,8 @@ for name, config in configs.items():
 
 # %% [markdown]
 # Falcon-7B's 6,625,951,744 weights should take 3,418.1 MB (10⁶ bytes). This is the article's
-# recipe, value by value, except that the profile chooses the compute dtype.
+# recipe, value by value, except that the profile chooses the compute dtype; the article's notebook
+# has bfloat16 in one cell and float16 in another.
 
 # %%
 recipe = BitsAndBytesConfig(
@@ -278,12 +289,12 @@ recipe = BitsAndBytesConfig(
 assert recipe.to_dict() == nf4_config(profile).to_dict()
 
 # %% [markdown]
-# `load_falcon` uses exactly this, and mends what section 6 shows. We load, add up what the layers
-# hold, and compare; the two roads should meet within 1 %.
+# `load_falcon` uses exactly this, mends what section 6 shows, and has a progress bar for each
+# shard. We load, add up what the layers hold, and compare; the roads should meet within 1 %.
 
 # %%
 model = load_falcon(profile.model, profile, revision=REVISION)
-layer, parts = model.transformer.h[0].mlp.dense_h_to_4h, nf4.stored_parts(model)
+layer, parts = model.get_submodule(widest), nf4.stored_parts(model)
 constants = parts.pop("constants")
 ratio = sum(parts.values()) / predicted["this model"]
 print(*(f"{kind}: {size:,} bytes" for kind, size in parts.items()), sep="\n")
@@ -294,20 +305,21 @@ assert abs(ratio - 1) < 0.01
 # We see the roads meet at 1.00; what is left is each layer's last, part-filled group of scales.
 # The constants are the tables and means, about a kilobyte for each matrix, however large it is.
 #
-# Is it really all of them? Four `Linear4bit` in each decoder layer, each packed into bytes,
-# frozen, on one device: that we predict, and assert.
+# Is it really all of them? We predict a `Linear4bit` for each linear of a decoder layer, in Falcon
+# four, each packed into bytes, frozen, on one device.
 
 # %%
 linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
 kinds = {(m.weight.dtype, m.weight.requires_grad, str(m.weight.device)) for m in linears}
 print(f"{len(linears)} in {model.config.num_hidden_layers} layers; dtype, trained, device: {kinds}")
-assert len(linears) == 4 * model.config.num_hidden_layers
+assert len(linears) == len(to_round)
 assert kinds == {(torch.uint8, False, profile.device)}
 
 # %% [markdown]
-# Four times as many as layers, all `uint8`, none trainable, one device. So this is no
-# "quantization-aware training", as the article has it: rounding happens once, at loading, and no
-# gradient ever moves these weights. QLoRA trains adapters beside them (notebook 03).
+# We see as many as predicted, all `uint8`, none trainable, and one device: no weight waits on the
+# host to be moved. Nor is this "quantization-aware training", as the article has it, where
+# weights are trained while they are being rounded. Here they are rounded once, at loading, and no
+# gradient ever moves them. QLoRA trains adapters beside them (notebook 03).
 #
 # The layer must also hold the very indices that we found by hand. Loading casts to the compute
 # dtype before it rounds, so we do the same.
@@ -320,22 +332,24 @@ print(f"{agree:.4%} of {weight.numel():,} indices agree")
 assert agree > 0.9999
 
 # %% [markdown]
-# On a CPU it is 100 %. We allow one in ten thousand to differ, since a GPU may round the
-# reciprocal of a scale otherwise in its last bit.
+# We see that the indices agree, on a CPU all of them. We allow one in ten thousand to differ, since
+# a GPU may round the reciprocal of a scale otherwise in its last bit.
 #
 # How does a layer compute with four bits? It does not. It restores the weight in the *compute
-# dtype* and multiplies there; a plain product with the restored weight must give the same.
+# dtype* and multiplies there. We predict that a plain product with the restored weight gives the
+# same, within rounding.
 
 # %%
 x = torch.randn(16, layer.in_features, dtype=profile.compute_dtype, device=profile.device)
 restored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-difference = (x @ restored.to(x.dtype).T - layer(x)).norm() / layer(x).norm()
+difference = (linear(x, restored.to(x.dtype), layer.bias) - layer(x)).norm() / layer(x).norm()
 print(f"computes in {layer.compute_dtype}; relative difference {difference:.1e}")
 assert layer.compute_dtype == profile.compute_dtype and difference < 0.01
 
 # %% [markdown]
-# Storage has four bits, arithmetic has the dtype printed here: bfloat16 on an A100, float16 on a
-# T4, float32 on a CPU. That is what the article's "full precision" stands for.
+# We see the dtype that the layer computes in, and next to no difference. Storage has four bits,
+# arithmetic has that dtype: bfloat16 on an A100, float16 on a T4, float32 on a CPU. The article
+# calls it "full precision". On a GPU it is 16 bits, and what rounding lost does not come back.
 #
 # What was not rounded, and where are the bytes now? We predict that the linears shrink by nearly
 # 16/4.127 = 3.88, and nothing else shrinks.
@@ -346,15 +360,15 @@ sizes["this model, NF4"] = nf4.model_bytes_by_part(model)
 sizes["Falcon-7B, NF4"] = sizes["Falcon-7B, 16 bits"] | {"linears": predicted["Falcon-7B"]}
 for name, row in sorted(sizes.items(), reverse=True):
     print(f"{name:19}", *(f"{part} {size / 1e6:,.2f}" for part, size in row.items()), "MB")
-assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"]["linears"]
+assert sizes["this model, 16 bits"]["linears"] > 3.5 * sizes["this model, NF4"]["linears"]
 
 # %% [markdown]
-# Only the linears shrink. The embedding, tied to the output head, and the norms stay in the
+# We see only the linears shrink. The embedding, tied to the output head, and the norms stay in the
 # compute dtype, so on a CPU, which computes in 32 bits, they take twice their 16-bit size. In
 # Falcon-7B the embedding's 590.94 MB are a seventh of what is left.
 
 # %% active="ipynb"
-# figure, axes = new_figure(columns=2, size=(8, 2.6))
+# figure, axes = new_figure(columns=2, size=(8, 2.8))
 # for axis, name, unit in zip(axes, plain, (1e6, 1e9), strict=True):
 #     rows, left = [f"{name}, NF4", f"{name}, 16 bits"], torch.zeros(2)
 #     for part in ("linears", "embedding", "norms"):
@@ -362,7 +376,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 #         axis.barh(["NF4", "16 bits"], width, left=left, label=part)
 #         left = left + width
 #     axis.set(title=name, xlabel="MB (10⁶ bytes)" if unit == 1e6 else "GB (10⁹ bytes)")
-# axes[0].legend()
+# figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 # show(figure, alt="Bars of bytes by part in 16 bits and NF4: the linears shrink to about a "
 #      "quarter, the embedding does not shrink, the norms are too small to see.")
 
@@ -380,7 +394,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # row: Bytes stored = quantization.stored_bytes
 # row: Stored to predicted = quantization.ratio
 # row: Peak GPU memory, GiB = quantization.peak_gpu_gib
-# row: Peak host memory, GiB = quantization.peak_host_gib
+# row: Peak host memory, mapped files included, GiB = quantization.peak_host_gib
 # row: Seconds for the page = quantization.page_seconds
 # -->
 # | | H100, random weights |
@@ -390,17 +404,41 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # | Bytes stored | 3,418,263,936 |
 # | Stored to predicted | 1 |
 # | Peak GPU memory, GiB | 3.95 |
-# | Peak host memory, GiB | 13.9 |
+# | Peak host memory, mapped files included, GiB | 13.9 |
 # | Seconds for the page | 3 |
 #
 # Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [falcon7b.json](../results/h100/falcon7b.json).
 # <!-- end -->
 #
 # We see the stored bytes meet the prediction here too, and a GPU peak not far above the sum of NF4
-# weights and embedding. The host's peak is another matter: a little more than the whole 16-bit
-# checkpoint, although it comes in shards. It counts pages of mapped files as well, which a system
-# short of memory may take back; whether 12.7 GB would be enough was not measured. Nor has anyone
-# run this page on an A100 or a T4.
+# weights and embedding. The host's peak looks like the whole checkpoint, since it counts the pages
+# of mapped files, which a system short of memory takes back. What nobody can take back is memory of
+# the process's own, `RssAnon`. `benchmarks/host_memory.py` looked at it while loading:
+#
+# <!-- table
+# column: H100 = results/h100/host_memory.json
+# column: CPU = results/cpu/host_memory.json
+# row: Own memory at most, safetensors, GB = safetensors.anon_peak_gb
+# row: Own memory at most, `.bin`, GB = bin.anon_peak_gb
+# row: The same `.bin` shards read whole, not mapped, GB = bin_whole.anon_peak_gb
+# row: Own memory before loading, GB = safetensors.anon_before_gb
+# row: Seconds for eight shards, safetensors = safetensors.seconds
+# row: Seconds for eight shards, `.bin` = bin.seconds
+# -->
+# | | H100 | CPU |
+# | --- | ---: | ---: |
+# | Own memory at most, safetensors, GB | not measured yet | not measured yet |
+# | Own memory at most, `.bin`, GB | not measured yet | not measured yet |
+# | The same `.bin` shards read whole, not mapped, GB | not measured yet | not measured yet |
+# | Own memory before loading, GB | not measured yet | not measured yet |
+# | Seconds for eight shards, safetensors | not measured yet | not measured yet |
+# | Seconds for eight shards, `.bin` | not measured yet | not measured yet |
+#
+# Measured on H100, CPU: not measured yet.
+# <!-- end -->
+#
+# We see how far both formats stay below the 12.7 GB of a free machine. On a CPU the rounded weights
+# themselves lie in that memory, on a GPU they do not. Nobody has run this page on an A100 or a T4.
 
 # %% [markdown]
 # ## 6. Four bits that never were
@@ -421,8 +459,8 @@ for mend in (nullcontext(), quantize_falcon_linears()):
 assert counts == [0, 4 * tiny.config.num_hidden_layers]
 
 # %% [markdown]
-# Both lines say `True`, but the first model holds 0 four-bit layers and takes more memory. The
-# only other sign is a line in the log about "eetq", another library.
+# We see `True` in both lines, but the first model holds 0 four-bit layers and takes more memory.
+# The only other sign is a line in the log about "eetq", another library.
 #
 # > **Why?** Since version 5.5 transformers replaces a layer only if its type is exactly
 # > `torch.nn.Linear`. Falcon's linears are `FalconLinear`, a subclass. `is_loaded_in_4bit` repeats
@@ -432,23 +470,11 @@ assert counts == [0, 4 * tiny.config.num_hidden_layers]
 # > **Warning.** The last figure is `get_memory_footprint()`. It shows the trap, but it leaves out
 # > the scales; `stored_parts` counts them.
 #
-# ## 7. Where the article and this page differ
-# It was among the first to show QLoRA on Falcon in the open, and the recipe above is its own; the
-# values stand. Five explanations do not.
-#
-# | The article | What we saw | Section |
-# | --- | --- | --- |
-# | levels are evenly spaced | gaps from 0.080 to 0.304 | 1 |
-# | weights have zero mean and unit variance | only the largest absolute value is used | 2 |
-# | shards move between CPU and GPU | one journey each; all weights on one device | 4, 5 |
-# | quantization-aware training | rounded once, frozen, no gradient | 5 |
-# | computing in full precision | computing in the compute dtype | 5 |
-#
-# ## 8. What you have now
+# ## 7. What you have now
 # A model in 4-bit NF4, proven layer by layer, and a rule that tells its size before you download
 # it: weights of the linears × 4.127 / 8 bytes, plus the compute dtype's bytes for everything else.
 #
-# ## 9. Exercises
+# ## 8. Exercises
 # 1. Try blocks of 128: `block_errors(blocks.reshape(-1, 128), nf4.NF4_LEVELS).mean()`
 #    and `nf4.predicted_bits(block_size=128)`. Expect about 0.06 bits less a
 #    weight, and a larger error.
@@ -457,7 +483,7 @@ assert counts == [0, 4 * tiny.config.num_hidden_layers]
 # 3. Restore `packed, state` and `twice, state2` with `bnb.functional.dequantize_4bit` and compare
 #    both with `weight`. Expect the second rounding to add less than a hundredth to the error.
 #
-# ## 10. Sources and next
+# ## 9. Sources and next
 # - Dettmers et al. (2023), [QLoRA](https://arxiv.org/abs/2305.14314), section 3: NF4 and double
 #   quantization. Yoshida (2023), [NF4 Isn't Information Theoretically
 #   Optimal](https://arxiv.org/abs/2306.06965): where 0.9677083 comes from.

@@ -42,6 +42,7 @@ DRIVE = None
 QUESTION = "How can I prevent anxiety and depression?"  # the article's
 TEMPERATURE, TOP_P, PENALTY, MAX_NEW_TOKENS = 0.4, 0.6, 1.3, 256  # the article's
 COMPILE = True  # on a GPU: one decoding step as one CUDA graph
+JOINED = True  # two 4-bit products in each layer instead of four, section 10
 JUDGE = False  # True opens the form of section 9
 SEED = 0
 override(globals())
@@ -75,12 +76,12 @@ print(f"adapter from {found}")
 # one kept elsewhere. Now the base is loaded, and the adapter laid beside it.
 
 # %%
-from peft import PeftModel
+from tools.any_model import drop_long, lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
 n_parameters = base.num_parameters()  # before the adapter is put around it
 use_fused_attention(base)
-model = PeftModel.from_pretrained(base, adapter).eval()
+model = lay_adapter(base, adapter)
 tokenizer = load_tokenizer(profile.model, REVISION)
 
 # %% [markdown]
@@ -215,13 +216,16 @@ from datasets import load_from_disk
 from helpers.dialogues import load_dialogues, split_rows
 
 if Path("artifacts/dataset").exists() and DATASET is None:
-    parts = load_from_disk("artifacts/dataset")
+    parts, dropped = load_from_disk("artifacts/dataset"), {}
 else:
-    parts = split_rows(load_dialogues(DATASET or profile.dataset)[0], seed=SEED)
+    rows, dropped = load_dialogues(DATASET or profile.dataset)
+    parts = split_rows(rows, seed=SEED)
+parts, too_long = drop_long(parts, tokenizer, profile.max_length)
+print(f"{len(parts['test'])} test rows; left out of all: {dropped | too_long or 'none'}")
 
 # %% [markdown]
-# Each question is answered twice, by the base and by the adapter. The true answers are scored
-# too: how likely does each side find them?
+# We see how many there are. Each question is answered twice, by the base and by the adapter. The
+# true answers are scored too: how likely does each side find them?
 
 # %%
 from helpers.evaluation import answer_losses, score_answers
@@ -394,42 +398,82 @@ if COMPILE and profile.on_gpu:
 # %%
 import time
 
-for name, way in ways.items():
+
+def pace(way):
+    """Tokens a second of one way, adapter on."""
     answer([prompt], True, way)
     began = time.perf_counter()
     answer([prompt], True, way)
-    print(f"{name}: {64 / (time.perf_counter() - began):.0f} tokens/s with the adapter on")
+    return 64 / (time.perf_counter() - began)
+
+
+for name, way in ways.items():
+    print(f"{name}: {pace(way):.0f} tokens/s with the adapter on")
 
 # %% [markdown]
 # We see tokens per second, one line for each way. On a GPU the second line shows what compiling
 # is worth; a laptop has only the first, and needs no more for a model this small.
+#
+# Falcon has a gift of its own. In each of its layers attention and MLP read the same input, so
+# their first weights are rows of one matrix. What they give is summed, so their last weights are
+# columns of another. Two 4-bit products then do the work of four, on the same bits, and two pairs
+# of LoRA matrices that of four. We join them and predict section 1's logits, up to rounding.
+
+# %%
+from helpers.joined import join_layers
+
+n_joined = join_layers(model, JOINED)
+with torch.no_grad():
+    moved = (model(input_ids=ids).logits[0, -1].float() - on).abs().max()
+print(f"{n_joined} layers joined; logits moved by {moved:.1g}, the largest is {on.abs().max():.1f}")
+
+# %% [markdown]
+# We see how little rounding moved the logits: one part in twenty would be too much. Each way against
+# the clock once more.
+
+# %%
+assert moved < 0.05 * on.abs().max()
+for name, way in ways.items() if n_joined else ():
+    print(f"{name}, joined: {pace(way):.0f} tokens/s with the adapter on")
+
+# %% [markdown]
+# We see what joining is worth here, beside the lines above. Joined layers can only answer;
+# `join_layers(model, on=False)` parts them again, bit for bit.
 
 # %% [markdown] tags=["results-table"]
-# Falcon-7B of random weights, the original's `generate` and the compiled step in turns:
+# Falcon-7B of random weights, the original's `generate` and ours in turns:
 #
 # <!-- table
 # column: H100, random weights = results/h100/decoding.json
 # row: Tokens a second, adapter on, `generate` as the original called it = seed
 # row: Tokens a second, adapter on, compiled = adapter
+# row: Tokens a second, adapter on, compiled and joined = joined adapter
 # row: Tokens a second, base, as the original called it = seed base
 # row: Tokens a second, base, compiled = base
-# row: Compiled over original, adapter on = ratio
-# row: First token after a prompt of 300, ms = first_token_ms
-# row: 18 prompts in one batch over one by one the original's way = 18_prompts.ratio
-# row: Seconds to compile = warmup_s.adapter
+# row: Tokens a second, base, compiled and joined = joined base
+# row: Compiled over original, adapter on = ratios.adapter
+# row: Compiled and joined over original, adapter on = ratios.joined adapter
+# row: In a loop of our own, over original, adapter on = ratios.joined adapter, own loop
+# row: First token after a prompt of 300, compiled, ms = earlier_run.first_token_ms
+# row: 18 prompts in one batch, compiled, over one by one the original's way = earlier_run.18_prompts.ratio
+# row: Seconds to compile = warmup_s.joined adapter
 # row: Peak GPU memory, GiB = peak_gib
 # -->
 # | | H100, random weights |
 # | --- | ---: |
-# | Tokens a second, adapter on, `generate` as the original called it | 20.4 (18.2 to 22.4, n = 5) |
-# | Tokens a second, adapter on, compiled | 118 (114 to 124, n = 5) |
-# | Tokens a second, base, as the original called it | 32.6 (30.7 to 34.5, n = 5) |
-# | Tokens a second, base, compiled | 146 (135 to 150, n = 5) |
-# | Compiled over original, adapter on | 5.81 (5.08 to 6.82, n = 5) |
-# | First token after a prompt of 300, ms | 59.4 (57.3 to 65.6, n = 7) |
-# | 18 prompts in one batch over one by one the original's way | 38.6 |
-# | Seconds to compile | 40.6 |
-# | Peak GPU memory, GiB | 4.28 |
+# | Tokens a second, adapter on, `generate` as the original called it | 19 (17.6 to 20.4, n = 5) |
+# | Tokens a second, adapter on, compiled | 98.2 (92.5 to 112, n = 5) |
+# | Tokens a second, adapter on, compiled and joined | 153 (135 to 155, n = 5) |
+# | Tokens a second, base, as the original called it | 31.3 (23.8 to 33.3, n = 5) |
+# | Tokens a second, base, compiled | 122 (115 to 138, n = 5) |
+# | Tokens a second, base, compiled and joined | 162 (148 to 168, n = 5) |
+# | Compiled over original, adapter on | 5.18 (4.53 to 6.33, n = 5) |
+# | Compiled and joined over original, adapter on | 8.07 (6.62 to 8.82, n = 5) |
+# | In a loop of our own, over original, adapter on | 10 (9.23 to 10.9, n = 5) |
+# | First token after a prompt of 300, compiled, ms | 59.4 (57.3 to 65.6, n = 7) |
+# | 18 prompts in one batch, compiled, over one by one the original's way | 38.6 |
+# | Seconds to compile | 33.4 |
+# | Peak GPU memory, GiB | 4.9 |
 #
 # Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [decoding.json](../results/h100/decoding.json).
 # <!-- end -->

@@ -1,0 +1,263 @@
+"""A T4's limits on another GPU: does notebook 03's t4 profile fit and train there, and how fast?
+
+    python benchmarks/t4_limits.py --model falcon-7b-random --data rows.jsonl
+
+fp16 with adapters in 32 bits and a gradient scaler, the allocator capped at 14.5 GiB, flash
+attention off and the memory-efficient kernel on. The original's recipe (`benchmarks/seed.py`, in
+fp16, its adapters in 32 bits, which it needs to start at all) and ours train in turns: original,
+ours, original, ours, each on a base loaded anew, 64 rows a step. Then ours alone with other
+settings. Ours takes the first steps of the profile's 150. The rows and their lengths are real, the
+speed is this GPU's: only the ratio, the peaks and the loss scale say something of a T4.
+The file is written anew after each part. Writes results/<gpu>/t4_limits.json; --out names another.
+On a CPU, `--cpu-rehearsal` goes through it in fp32, with neither cap nor compilation.
+"""
+
+import argparse
+import gc
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from benchmarks.seed import load_seed_base, seed_trainer
+from benchmarks.training import Meter, peak_gib, summary
+from helpers.dialogues import load_dialogues, to_prompt_completion
+from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
+from helpers.profiles import GIB, T4, TINY, Profile
+from helpers.training import row_order
+from tools.mends import Mends, use_mends
+from tools.results import provenance, this_command, write_result
+
+LABEL = "a T4's limits on an H100, not a T4"
+CAP_GIB = 14.5
+FAST, LEAN, PLAIN = Mends(lean=True, compiled=True), Mends(lean=True), Mends()
+# name: mends, length, rows of a micro-batch, checkpointing, steps
+OURS: dict[str, tuple[Mends, int, int, bool, int]] = {
+    "ours, 512 tokens": (FAST, 512, 4, False, 21),
+    "ours, 512 tokens, again": (FAST, 512, 4, False, 6),
+    "ours, 256 tokens": (FAST, 256, 4, False, 21),
+    "no mend": (PLAIN, 512, 4, True, 5),
+    "lean LoRA": (LEAN, 512, 4, True, 5),
+    "lean LoRA, nothing checkpointed": (LEAN, 512, 4, False, 5),
+    "both mends, checkpointed": (FAST, 512, 4, True, 5),
+    "both mends, 8 rows": (FAST, 512, 8, False, 5),
+    "both mends, 8 rows, checkpointed": (FAST, 512, 8, True, 5),
+}
+SEED_ROWS = (16, 8, 4)  # what the original's recipe tries under the cap, its own batch first
+
+
+class Scale(TrainerCallback):
+    """The gradient scaler's factor after each step, and an end after some of the 150 steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.scales, self.trainer = steps, [], None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the factor; stop once there are enough steps."""
+        scaler = self.trainer.accelerator.scaler
+        self.scales.append(scaler.get_scale() if scaler else 1.0)
+        control.should_training_stop = state.global_step >= self.steps
+
+
+class Bench:
+    """Rows, profile and folder of one run of this benchmark."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        base = TINY if arguments.cpu_rehearsal else T4
+        self.profile: Profile = replace(base, model=arguments.model or base.model)
+        self.small, self.folder = arguments.cpu_rehearsal, tempfile.mkdtemp()
+        pairs = to_prompt_completion(load_dialogues(arguments.data or base.dataset)[0])
+        self.texts = [p + c for p, c in zip(pairs["prompt"], pairs["completion"], strict=True)]
+        tokenizer = load_tokenizer(self.profile.model)
+        self.lengths = [len(ids) + 1 for ids in tokenizer(self.texts).input_ids]
+        self.rows = 8 if self.small else 64
+
+    def shape(self, batch: int) -> dict[str, int]:
+        """Rows of a micro-batch, and how many make a step."""
+        batch = max(1, batch // 8) if self.small else batch
+        return {"per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": self.rows // batch}  # fmt: skip
+
+    def seed(self, length: int, batch: int) -> SFTTrainer:
+        """The original's trainer in fp16 on a base of its own."""
+        set_seed(0)
+        return seed_trainer(
+            load_seed_base(self.profile), self.profile, Dataset.from_dict({"text": self.texts}),
+            self.folder, 150, max_length=length, fp16=not self.small, **self.shape(batch),
+        )  # fmt: skip
+
+    def ours(self, mends: Mends, length: int, batch: int, again: bool) -> SFTTrainer:
+        """Notebook 03's trainer on a base of its own."""
+        set_seed(0)
+        base = load_falcon(self.profile.model, self.profile)
+        use_fused_attention(base)
+        cut = [min(n, length) for n in self.lengths]
+        order = row_order(cut, self.rows, 30, seed=0)
+        trainer = seed_trainer(
+            base, self.profile, Dataset.from_dict({"text": [self.texts[i] for i in order]}),
+            self.folder, 150, max_length=length, fp16=not self.small, **self.shape(batch),
+            activation_checkpointing=again, train_sampling_strategy="sequential",
+            lr_scheduler_type="cosine", warmup_steps=0.03,
+        )  # fmt: skip
+        use_mends(trainer, replace(mends, compiled=mends.compiled and not self.small))
+        return trainer
+
+
+def free() -> None:
+    """Give back what nobody holds any more; the peak begins anew."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(trainer: SFTTrainer, steps: int, fused: bool) -> dict[str, Any]:
+    """Train some steps; the first only warms up. Pace, peak, losses and loss scales."""
+    use_fused_attention(trainer.model, fused)
+    meter, scale = Meter(trainer), Scale(steps)
+    scale.trainer = trainer
+    trainer.add_callback(scale)
+    began = time.perf_counter()
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    losses = [float(entry["loss"]) for entry in log]
+    skipped = sum(b < a for a, b in zip([65536.0, *scale.scales], scale.scales, strict=False))
+    reserved = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
+    return summary(meter.steps[1:]) | {
+        "steps": len(meter.steps), "warmup_s": meter.steps[0][0], "peak_gib": peak_gib(),
+        "reserved_gib": reserved, "seconds": time.perf_counter() - began,
+        "losses": losses, "losses_finite": all(math.isfinite(loss) for loss in losses),
+        "grad_norms": [float(entry["grad_norm"]) for entry in log],
+        "loss_scales": scale.scales, "steps_skipped": skipped,
+    }  # fmt: skip
+
+
+def attempt(build: Any, steps: int, fused: bool) -> dict[str, Any]:
+    """One part; its fault becomes a line, and nothing of it stays on the GPU."""
+    trainer = None
+    try:
+        free()
+        trainer = build()
+        return measure(trainer, steps, fused)
+    except Exception as error:  # one part's fault must not cost the others
+        text = (str(error).strip() or "no text").splitlines()[0][:300]
+        return {"error": f"{type(error).__name__}: {text}"}
+
+
+def the_seed(bench: Bench, length: int, steps: int, fits: list[int]) -> dict[str, Any]:
+    """The original's recipe with as many rows as fit; `fits` loses those that do not."""
+    tried = {}
+    while fits:
+        batch = fits[0]
+        found = attempt(lambda b=batch: bench.seed(length, b), steps, fused=False)
+        if "error" not in found:
+            return found | {"rows": batch, "did_not_fit": tried}
+        tried[str(batch)] = found["error"]
+        fits.pop(0)
+    return {"error": f"nothing fits: {tried}"}
+
+
+def ratio(ours: list[dict], seed: list[dict]) -> dict[str, float]:
+    """Ours over the original's, of both turns: medians, and the extremes of single steps."""
+    pace = {
+        name: [part["useful_tokens_per_s"] for part in parts]
+        for name, parts in {"ours": ours, "seed": seed}.items()
+    }
+    middle = {name: sum(p["value"] for p in parts) / len(parts) for name, parts in pace.items()}
+    return {
+        "value": middle["ours"] / middle["seed"],
+        "low": min(p["low"] for p in pace["ours"]) / max(p["high"] for p in pace["seed"]),
+        "high": max(p["high"] for p in pace["ours"]) / min(p["low"] for p in pace["seed"]),
+        "n": min(sum(p["n"] for p in parts) for parts in pace.values()),
+    }
+
+
+def ratios(figures: dict[str, Any]) -> None:
+    """The ratios that the parts measured by now allow."""
+    parts, whole = figures["parts"], {}
+    for length in (512, 256):
+        both = {
+            who: [p for name, p in parts.items()
+                  if name.startswith(f"{who}, {length} tokens") and "error" not in p]
+            for who in ("ours", "seed")
+        }  # fmt: skip
+        if all(both.values()):
+            whole[str(length)] = ratio(both["ours"], both["seed"])
+    figures["ratio"] = whole
+
+
+def main() -> None:
+    """Measure everything there is time for, and write it down each time."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", help="folder of a Falcon-7B")
+    parser.add_argument("--data", help="rows, as notebook 01 reads them")
+    parser.add_argument("--out", help="instead of results/<gpu>/t4_limits.json")
+    parser.add_argument("--seconds", type=float, default=320, help="begin no part after these")
+    parser.add_argument("--cpu-rehearsal", action="store_true")
+    arguments = parser.parse_args()
+    began, bench = time.perf_counter(), Bench(arguments)
+    figures: dict[str, Any] = {"label": LABEL, "cap_gib": CAP_GIB, "parts": {}, "ratio": {}}
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(CAP_GIB * GIB / total)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+    figures["attention"] = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    }
+    if bench.small:
+        figures["rehearsal"] = True
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fits, fits_short = list(SEED_ROWS), list(SEED_ROWS)
+    todo = {name: lambda p=part: attempt(lambda: bench.ours(*p[:4]), p[4], True)
+            for name, part in OURS.items()}  # fmt: skip
+    turns = {
+        "seed, 512 tokens": lambda: the_seed(bench, 512, 4, fits),
+        "ours, 512 tokens": todo.pop("ours, 512 tokens"),
+        "seed, 512 tokens, again": lambda: the_seed(bench, 512, 4, fits),
+        "ours, 512 tokens, again": todo.pop("ours, 512 tokens, again"),
+        "ours, 256 tokens": todo.pop("ours, 256 tokens"),
+        "seed, 256 tokens": lambda: the_seed(bench, 256, 4, fits_short),
+    }
+    for name, part in (turns | todo).items():
+        late = time.perf_counter() - began > arguments.seconds
+        found = {"error": "not measured: out of time"} if late else part()
+        figures["parts"][name] = found
+        ratios(figures)
+        shown = {k: v for k, v in found.items() if k not in ("losses", "grad_norms", "loss_scales")}
+        print(f"{time.perf_counter() - began:5.0f} s  {name}: {json.dumps(shown)}", flush=True)
+        write(figures, arguments.out)
+    print(json.dumps(figures["ratio"], indent=2))
+    shutil.rmtree(bench.folder, ignore_errors=True)
+
+
+def write(figures: dict[str, Any], out: str | None) -> None:
+    """Write what is known by now."""
+    figure, command = f"the t4 profile under {LABEL}", this_command()
+    if out is None:
+        write_result("t4_limits", figures, figure, command)
+        return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(provenance(figure, command) | figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
