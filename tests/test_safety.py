@@ -57,7 +57,7 @@ def test_one_clause_is_found_in_a_long_message() -> None:
     assert safety.lean({}, piece=True) < safety.lean({}, piece=False)
 
 
-FLOORS = {"seen": (0.98, 0.05), "unseen": (0.96, 0.15)}
+FLOORS = {"seen": (0.98, 0.05), "unseen": (0.94, 0.09)}
 
 
 @pytest.mark.parametrize("part", FLOORS)

@@ -26,8 +26,8 @@ SAMPLE = ROOT / "assets" / "sample_dialogues.jsonl"
 ORIGIN = {
     "seen": "at hand while rules and classifier were made; the classifier was trained on them",
     "unseen": "written by somebody who saw neither rules nor training text; scored with one screen "
-    "alone, whose rules, training text, weights and threshold were fixed before; six messages that "
-    "stood in the training text by chance are counted as seen",
+    "alone, whose rules, training text, weights and threshold were fixed before; one message that "
+    "stood in the training text by chance is counted as seen",
 }
 
 
