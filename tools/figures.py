@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from helpers.prompts import ROLE_TAG
-
 # Okabe and Ito's eight colours, told apart by colour-blind readers too; black comes first.
 # Source: https://jfly.uni-koeln.de/color/
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -169,6 +167,8 @@ def draw_answers(axes: Any, sides: dict[str, Any], lines: int = 26) -> None:
         >>> [(text.get_text(), text.get_color()) for text in axes[0].texts]
         [('Rest.', '#000000'), ('<HUMAN>: And?', '#D55E00')]
     """
+    from helpers.prompts import ROLE_TAG  # here, as other figures are drawn without the helpers
+
     for axis, (name, said) in zip(axes, sides.items(), strict=True):
         end = "stopped by itself" if said.finished else "cut at the limit"
         axis.set_title(f"{name}: {said.n_tokens} tokens, {end}", loc="left", fontsize=9)

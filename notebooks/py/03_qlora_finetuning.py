@@ -83,7 +83,7 @@ from helpers.dialogues import load_dialogues, split_rows, to_prompt_completion
 
 is_there = Path("artifacts/dataset").exists() and DATASET is None
 where = "artifacts/dataset" if is_there else DATASET or profile.dataset
-rows, dropped = (None, "page 01 has counted") if is_there else load_dialogues(where)
+rows, dropped = (None, "counted on page 01") if is_there else load_dialogues(where)
 parts = load_from_disk(where) if is_there else split_rows(rows, seed=SEED)
 print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to watch,",
       f"from {where if is_there else Path(where).name}; left out: {dropped or 'none'}")
@@ -409,6 +409,8 @@ print(f"{name} keeps {n_kept:,} numbers, {n_kept / n_trainable:.0f} for each one
 # inside a step, and what went on from its last checkpoint.
 
 # %%
+import json
+
 figure, axis = new_figure(size=(8, 2.6))
 draw_resumed(axis, root / "results/cpu/faults.json")
 show(figure, alt="Loss by optimizer step of three runs. The crosses of the killed run and the "
@@ -421,12 +423,11 @@ show(figure, alt="Loss by optimizer step of three runs. The crosses of the kille
 # fp16, where the loss scale has to come back too.
 
 # %%
-import json
-
 h100 = json.loads((root / "results/h100/resume.json").read_text())
-for kind, run in ((kind, h100[kind]) for kind in ("bf16", "fp16")):
-    print(kind, *(f"{what} off by {run[what]['distance']}," for what in ("loss", "adapter")),
-          *(f"{what} {run['resumed'][what]};" for what in ("loss_scale", "paged_states")))
+for kind in ("bf16", "fp16"):
+    off, now = [h100[kind][what]["distance"] for what in ("loss", "adapter")], h100[kind]["resumed"]
+    print(f"{kind}: losses off by {off[0]}, adapter by {off[1]}; loss scale {now['loss_scale']},",
+          f"{now['paged_states']} of {h100[kind]['unbroken']['paged_states']} states paged")
 
 # %% [markdown]
 # We see 0.0 four times: losses and adapter are equal to the last bit

@@ -378,7 +378,7 @@ print(memory_table(sample), each(sets, memory_sentence), sep="\n\n")
 #
 # ## 8. Claims the article did not test
 # Rank 32, bias, schedule, number of steps, and the three numbers of sampling: the article sets them
-# and moves on. On one fold we changed one at a time.
+# and moves on. On one fold of the embedded dialogues we changed one at a time.
 
 # %%
 from tools.crossval_figures import claims_table, decoding_table
@@ -466,8 +466,8 @@ for name, way in ways.items() if n_joined else ():
 
 # %% [markdown]
 # We see what joining is worth here, beside the lines above. Joined layers can only answer;
-# `join_layers(model, on=False)` parts them again, bit for bit. On an H100, with Falcon-7B of random
-# weights, in turns:
+# `join_layers(model, on=False)` parts them again, bit for bit. On an H100, Falcon-7B of random
+# weights wrote, each way in turns:
 
 # %%
 figure, axis = new_figure(size=(8, 2.8))
