@@ -353,20 +353,20 @@ def verdict(figures: Figures | None) -> str:
     return "\n".join(lines)
 
 
-def comparisons(figures: Figures) -> dict[str, str]:
-    """Each difference that counts, in words, as `verdict` counts; and its direction.
+def comparisons(figures: Figures) -> dict[tuple[str, str], str]:
+    """The direction of each difference that counts, as `verdict` counts, by figure and rival.
 
     Example:
         >>> d = {"value": -1.0, "low": -1.2, "high": -0.8, "n": 9, "p": 0.01}
         >>> comparisons({"differences": {"base": {"answer_loss": d, "likeness": d | {"p": 0.2}}}})
-        {'the loss of true answers (base)': 'better'}
+        {('the loss of true answers', 'base'): 'better'}
     """
     found = {}
     for rival, differences in figures["differences"].items():
         for name, d in differences.items():
             sign, words = BETTER[name]
             if d["p"] < 0.05 and (d["low"] > 0 or d["high"] < 0):
-                found[f"{words} ({NAMES[rival]})"] = "better" if d["value"] * sign > 0 else "worse"
+                found[words, NAMES[rival]] = "better" if d["value"] * sign > 0 else "worse"
     return found
 
 
@@ -401,7 +401,11 @@ def agreement(one: Figures | None, other: Figures | None) -> str:
     }
     lines = []
     for title, belongs in groups.items():
-        names = [name for name, pair in sides.items() if belongs(*pair)]
+        rivals: dict[str, list[str]] = {}
+        for (words, rival), pair in sides.items():
+            if belongs(*pair):
+                rivals.setdefault(words, []).append(rival)
+        names = [f"{words} ({'; '.join(some)})" for words, some in rivals.items()]
         lines.append(f"{title}: {', '.join(names) or 'nothing'}.")
     return "\n".join(lines)
 
