@@ -357,6 +357,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.score:
         figures = score(json.loads(arguments.score.read_text()))
+        told = provenance("", this_command())
+        figures["predictions"] = {
+            "computed": "afterwards, from the recorded settings; measurements as they were",
+            **{key: told[key] for key in ("command", "date", "commit")},
+        }
         (arguments.out and Path(arguments.out) or arguments.score).write_text(
             json.dumps(figures, indent=2) + "\n"
         )

@@ -158,20 +158,23 @@ def detect_profile(name: str = "auto", model: str | None = None) -> Profile:
 
 # What one decoder layer keeps of a token until its backward pass, by (lean, compiled): how many
 # vectors of the hidden size and of the feed-forward size in 16 bits, in 32 bits (which autocast
-# makes), in 8 bits (dropout's masks), and of both key and value. Counted from the saved tensors.
+# makes), in 8 bits (dropout's masks), and of both key and value. Counted from the saved tensors;
+# where it is compiled, from what the allocator's record shows alive at the peak. Lean and compiled:
+# the LayerNorm's output, queries, attention's output, the layer's output; what comes before GELU;
+# key, value and the turned key.
 KEPT = {  # h16, ffn16, h32, ffn32, h8, ffn8, kv16, kv32
     (True, False): (7, 2, 0, 0, 3, 1, 1.5, 0),
-    (True, True): (5, 1, 0, 0, 0, 0, 1.5, 0),
+    (True, True): (4, 1, 0, 0, 0, 0, 1.5, 0),
     (False, False): (7, 1, 1, 1, 3, 1, 0, 0),
-    (False, True): (3, 2, 2, 0, 3, 1, 0, 1.5),
+    (False, True): (2, 2, 3, 0, 3, 0, 0, 1.5),
 }
 # What a layer needs for a moment above that, in hidden vectors of 16 bits a token: at its worst
 # with kept activations, at its worst when it is computed again, and beside an unpacked weight.
 MOMENT = {
     (True, False): (24, 45.6, 6),
-    (True, True): (10, 19, 10),
+    (True, True): (5, 11, 5),
     (False, False): (21, 47.6, 8),
-    (False, True): (16, 36, 10),
+    (False, True): (23, 29, 10),
 }
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # of TRL's loss, which never makes all logits at once
 CUBLAS = 32 * 2**20  # what matrix products ask the allocator for, once
@@ -195,7 +198,9 @@ def plan_memory(
     the allocator holds in reserve, and not the paged optimizer's state, two numbers for each one
     trained, which lies in memory that CUDA moves between host and GPU. With activations kept,
     every layer's saved tensors wait for the backward pass; with checkpointing only its input does,
-    and one layer at a time is computed again.
+    and one layer at a time is computed again. In a compiled layer two tensors stay beside the
+    input: the products with the 4-bit weights before attention and before GELU, which the compiler
+    does not compute again (docs/memory.md).
 
     Args:
         profile: gives dtype, batch size, length and checkpointing where they are not given.
@@ -203,7 +208,8 @@ def plan_memory(
         batch_size, length: rows and tokens of one micro-batch, padding included.
         rank: of the adapters, on all four linears of every layer.
         checkpointing: True computes activations again in the backward pass.
-        lean, compiled: the mends of `helpers.speed`; without lean LoRA autocast is on.
+        lean, compiled: the mends of `helpers.speed`; without lean LoRA autocast is on. Compiled
+            and checkpointed without lean LoRA was never measured.
         packed: counts the same; attention saves as much either way.
 
     Returns:
@@ -231,11 +237,17 @@ def plan_memory(
     h16, ffn16, h32, ffn32, h8, ffn8, kv16, kv32 = KEPT[lean, compiled]
     token = size * (h16 * h + ffn16 * ffn + kv16 * kv + 4 * rank) + h8 * h + ffn8 * ffn
     token += 4 * (h32 * h + ffn32 * ffn + kv32 * kv + config.num_attention_heads + 2)
-    layer = tokens * token + numbers * size  # the adapters, cast to 16 bits, are kept as well
+    layer = tokens * token
+    layer += 0 if compiled else numbers * size  # the adapters, cast to 16 bits, are kept as well
     hidden = tokens * h * size
     kept, redone, beside = (n * hidden for n in MOMENT[lean, compiled])
-    weight, stream = h * ffn * size, 1 if lean else 4 / size  # autocast's residuals have 32 bits
-    moment = max(redone if again else kept, layer * again + beside + weight)
+    stream = 1 if lean else 4 / size  # autocast's residuals have 32 bits
+    weight = h * ffn * (size + 2 * 4 / 64)  # unpacked, and its scales in 32 bits, twice
+    stays = hidden * stream + compiled * tokens * size * (h + kv + ffn)
+    if again:
+        moment = redone + weight if compiled else max(redone, layer + beside + weight)
+    else:
+        moment = max(kept, beside + weight)
     logits = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK) * size
     logits += hidden * (3 * stream + 4 / size)
     return {
@@ -244,7 +256,7 @@ def plan_memory(
         "adapters": 4 * layers * numbers,
         "gradients": 4 * layers * numbers,
         "optimizer": 8 * layers * sum(unpaged),
-        "activations": layers * (hidden * stream if again else layer),
+        "activations": layers * (stays if again else layer),
         "logits": logits,
         "workspace": max(moment - logits, 0) + CUBLAS * profile.on_gpu,
     }
