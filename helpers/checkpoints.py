@@ -360,7 +360,8 @@ def _check_adapter(folder: Path, wanted: int, base_name: str) -> str:
     try:
         base = json.loads((folder / PEFT).read_text())["base_model_name_or_path"]
         weights = load_peft_weights(str(folder), device="cpu")
-        size = min(w.shape[1] for name, w in weights.items() if "lora_A" in name)
+        sizes = sorted({w.shape[1] for name, w in weights.items() if "lora_A" in name})
+        size = wanted if wanted in sizes else sizes[0]
     except Exception as error:  # each file format has its own
         raise ValueError(f"the adapter in {folder} is damaged: save or copy it again") from error
     if size != wanted:

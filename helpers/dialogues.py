@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, load_dataset
 
-from helpers.prompts import format_prompt, split_dialogue
+from helpers.prompts import ROLE_TAG, format_prompt, split_dialogue
 
 KNOWN_COLUMNS = (
-    ("text",),
     ("question", "answer"),
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -21,7 +20,10 @@ KNOWN_COLUMNS = (
     ("instruction", "input", "output"),
     ("messages",),
     ("conversations",),
+    ("text",),  # last: some sets repeat their other columns there, in a format of their own
 )
+END_MARKS = re.compile(r"(?:\s*(?:<\|\w+\|>|</s>))+$")  # ours is added in training
+FILES = {".csv", ".json", ".jsonl", ".parquet"}
 USER_ROLES, MODEL_ROLES = {"user", "human"}, {"assistant", "gpt", "model"}
 
 
@@ -32,10 +34,14 @@ def _read_table(source: object) -> pd.DataFrame:
     if isinstance(source, Dataset):
         return source.to_pandas()
     path = Path(source)
-    if path.suffix in {".csv", ".json", ".jsonl", ".parquet"}:
+    if path.suffix in FILES:
         if not path.exists():
             raise FileNotFoundError(f"no file {source}: check DATASET, or put the file there")
-        return _read_file(path)
+        try:
+            return _read_file(path)
+        except ValueError as error:  # each format's own faults are of this kind
+            fault = str(error).splitlines()[0]
+            raise ValueError(f"{source} is no whole {path.suffix} ({fault}): mend it") from error
     raise ValueError(f"{source!r} is no file of a known kind: use .csv, .jsonl or .parquet")
 
 
@@ -63,16 +69,17 @@ def _from_hub(source: str, revision: str | None) -> pd.DataFrame:
 def _turns(turns: Iterable[dict]) -> tuple[str, str]:
     """The first question and its answer out of a list of chat messages."""
     said = [
-        (str(t.get("role", t.get("from"))), str(t.get("content", t.get("value")))) for t in turns
+        (str(t.get("role", t.get("from"))).lower(), str(t.get("content", t.get("value")) or ""))
+        for t in turns
     ]
     said = [pair for pair in said if pair[0] in USER_ROLES | MODEL_ROLES]
     if len(said) < 2 or said[0][0] not in USER_ROLES or said[1][0] not in MODEL_ROLES:
         raise ValueError("without tags: no user message followed by an assistant's")
-    return said[0][1], said[1][1]
+    return said[0][1].strip(), said[1][1].strip()
 
 
-def _to_pair(row: dict, columns: tuple[str, ...]) -> tuple[str, str]:
-    """One row as (question, answer); ValueError with the reason why it has to be dropped."""
+def _cells(row: dict, columns: tuple[str, ...]) -> tuple[str, str]:
+    """What a row has for question and answer; a text with tags is all question as yet."""
     values = [row[c] for c in columns]
     if columns[0] in ("messages", "conversations"):
         if values[0] is None or isinstance(values[0], (str, float)) or len(values[0]) == 0:
@@ -82,8 +89,16 @@ def _to_pair(row: dict, columns: tuple[str, ...]) -> tuple[str, str]:
     if not any(values):
         raise ValueError("empty: the row holds no text")
     if columns == ("text",):
-        return split_dialogue(values[0])
-    question, answer = "\n".join(v for v in values[:-1] if v), values[-1]
+        return values[0], ""
+    return "\n".join(v for v in values[:-1] if v), values[-1]
+
+
+def _to_pair(row: dict, columns: tuple[str, ...]) -> tuple[str, str]:
+    """One row as (question, answer); ValueError with the reason why it has to be dropped."""
+    question, answer = _cells(row, columns)
+    if columns == ("text",) or ROLE_TAG.search(question + answer):
+        question, answer = split_dialogue(f"{question} {answer}")
+    answer = END_MARKS.sub("", answer)
     if not question:
         raise ValueError("without a question: that column is empty")
     if not answer:
@@ -96,7 +111,8 @@ def load_dialogues(source: object, revision: str | None = None) -> tuple[Dataset
 
     Args:
         source: a path (.csv, .json, .jsonl, .parquet), a Hub data set id, a pandas DataFrame
-            or a `datasets.Dataset`. One of the column sets in `KNOWN_COLUMNS` must be there.
+            or a `datasets.Dataset`. One of the column sets in `KNOWN_COLUMNS` must be there, in
+            capitals or not.
         revision: commit or branch of a Hub data set; ignored for anything local.
 
     Returns:
@@ -114,19 +130,19 @@ def load_dialogues(source: object, revision: str | None = None) -> tuple[Dataset
         >>> rows[0], dropped
         ({'question': 'Why?', 'answer': 'So.'}, {'without an answer': 1})
     """
-    is_hub = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source)
-    if is_hub and not Path(source).exists() and Path(source).suffix[1:] not in ("csv", "jsonl"):
-        table = _from_hub(source, revision)
-    else:
-        table = _read_table(source)
-    columns = next((c for c in KNOWN_COLUMNS if set(c) <= set(table.columns)), None)
+    is_id = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source)
+    on_hub = is_id and not Path(source).exists() and Path(source).suffix not in FILES
+    table = _from_hub(source, revision) if on_hub else _read_table(source)
+    names = {str(column).strip().lower(): column for column in table.columns}
+    columns = next((c for c in KNOWN_COLUMNS if {n.lower() for n in c} <= set(names)), None)
     if columns is None:
         known = "; ".join(", ".join(c) for c in KNOWN_COLUMNS)
         raise ValueError(
             f"no known column among {list(table.columns)}: rename them to one of: {known}"
         )
     pairs, dropped = [], Counter()
-    for row in table[list(columns)].to_dict("records"):
+    table = table[[names[c.lower()] for c in columns]].set_axis(list(columns), axis=1)
+    for row in table.to_dict("records"):
         try:
             pairs.append(_to_pair(row, columns))
         except ValueError as reason:

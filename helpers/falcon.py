@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.falcon import modeling_falcon
 
+from helpers.nf4 import shard_bars, weight_map
 from helpers.profiles import Profile
 
 OLD_KEYS = {
@@ -85,7 +86,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
     If pad and end were the same token, a collator that masks padding by id would also mask
     the end, and the model would never learn to stop. Falcon has `>>SUFFIX<<`, which no text
-    of ours uses and which needs no new embedding row.
+    of ours uses and which needs no new embedding row. Other tokenizers keep their own pad token
+    if it is not the end, else get another special one; GPT-2 has none, and its longest token
+    takes the part, as a pad vanishes from text: no word must be one.
 
     Args:
         model: Hub id or folder.
@@ -97,6 +100,7 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
     Raises:
         OSError: if it cannot be fetched.
+        ValueError: if it has no end-of-text token.
 
     Example:
         >>> from helpers.profiles import TINY
@@ -108,10 +112,14 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _explain(error, model, "MODEL") from error
-    if ">>SUFFIX<<" in tokenizer.get_vocab():
-        tokenizer.pad_token = ">>SUFFIX<<"
-    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if (end := tokenizer.eos_token) is None:
+        raise ValueError(f"{model} has no end-of-text token, so answers never end: set MODEL")
+    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    spare = [t for t in tokenizer.get_vocab() if t == ">>SUFFIX<<"]
+    spare += [tokenizer.pad_token, *(t for t in special if "pad" in t.lower()), tokenizer.unk_token]
+    spare += [t for t in special if t != tokenizer.bos_token][::-1]
+    spare += sorted(tokenizer.get_vocab(), key=lambda t: (len(t), t))[::-1]
+    tokenizer.pad_token = next(t for t in spare if t not in (None, end))
     return tokenizer
 
 
@@ -162,13 +170,10 @@ def assert_quantized(model: PreTrainedModel) -> int:
     for name, layer in layers.items():
         packed = layer.weight.dtype == torch.uint8 or layer.weight.quant_state is not None
         assert packed, f"{name} is a Linear4bit that still holds {layer.weight.dtype} weights"
-    plain = [
-        n
-        for n, m in model.named_modules()
-        if type(m) in (nn.Linear, modeling_falcon.FalconLinear)
-        and "lm_head" not in n
-        and "lora_" not in n
-    ]
+    head = getattr(model, "get_output_embeddings", str)()
+    kinds = (nn.Linear, modeling_falcon.FalconLinear)
+    plain = [n for n, m in model.named_modules() if type(m) in kinds and m is not head]
+    plain = [n for n in plain if "lora_" not in n]
     assert not plain, f"{len(plain)} linear layers are not quantized, the first is {plain[0]}"
     if model.config.model_type == "falcon":
         expected = len(LINEARS) * model.config.num_hidden_layers
@@ -220,9 +225,10 @@ def load_falcon(
 ) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model, Falcon first of all, in NF4 or in the compute dtype.
 
-    Safetensors shards are preferred, `.bin` shards are read where there are no others. No
-    remote code is run. On a CPU, bitsandbytes' repacking of 4-bit weights for AVX512-BF16 is
-    turned off: it has no backward, and training after an evaluation would go wrong.
+    Safetensors shards are preferred, `.bin` shards are read where there are no others: one after
+    the other, each with its bar, mapped and not read whole. No remote code is run. On a CPU,
+    bitsandbytes' repacking of 4-bit weights for AVX512-BF16 is turned off: it has no backward,
+    and training after an evaluation would go wrong.
 
     Args:
         model: Hub id or folder.
@@ -251,7 +257,7 @@ def load_falcon(
     check_shards(model)
     config = load_config(model, revision)
     try:
-        with quantize_falcon_linears():
+        with quantize_falcon_linears(), shard_bars(weight_map(model, revision)):
             loaded = AutoModelForCausalLM.from_pretrained(
                 model,
                 config=config,

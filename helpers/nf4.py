@@ -8,13 +8,18 @@ is not a float encoding: an index has no sign, exponent or mantissa, it is a pla
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, logging
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHT_FILES = (
@@ -165,10 +170,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_nf4(
-    codes: Tensor,
-    absmax: Tensor,
-    levels: Tensor = NF4_LEVELS,
-    dtype: torch.dtype = torch.float32,
+    codes: Tensor, absmax: Tensor, levels: Tensor = NF4_LEVELS, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Turn indices and scales back into values: level times scale.
 
@@ -194,6 +196,41 @@ def dequantize_nf4(
     return (levels.to(codes.device)[codes.long()] * absmax.unsqueeze(1)).to(dtype)
 
 
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration with shapes and no values: it takes no memory.
+
+    Example:
+        >>> from transformers import FalconConfig
+        >>> on_meta(FalconConfig()).num_parameters()    # Falcon-7B
+        6921720704
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """What gets quantized: every linear of the model but the head, whatever its architecture.
+
+    Args:
+        config: of any causal language model.
+
+    Returns:
+        (out, in) by the name of the layer. GPT-2 writes its weights the other way round; they are
+        turned before they are rounded.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> shapes = linear_shapes(GPT2Config(n_embd=8, n_layer=1, n_head=2))
+        >>> shapes["transformer.h.0.mlp.c_fc"]
+        (32, 8)
+    """
+    model = on_meta(config)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
+    turned = {n: -1 if isinstance(m, Conv1D) else 1 for n, m in layers.items()}
+    return {n: tuple(m.weight.shape[:: turned[n]]) for n, m in layers.items()}
+
+
 def count_linear_weights(config: PreTrainedConfig) -> int:
     """How many weights the four linears of all decoder layers hold: what gets quantized.
 
@@ -201,7 +238,7 @@ def count_linear_weights(config: PreTrainedConfig) -> int:
     the norms, and biases where there are any.
 
     Args:
-        config: a transformers `FalconConfig`.
+        config: a transformers `FalconConfig`; of another model the shapes are added up.
 
     Returns:
         The number of weights, not bytes.
@@ -212,6 +249,8 @@ def count_linear_weights(config: PreTrainedConfig) -> int:
         >>> count_linear_weights(small)    # 8*(8+2*4) + 8*8 + 8*32 + 32*8 = 704
         704
     """
+    if config.model_type != "falcon":
+        return sum(out * into for out, into in linear_shapes(config).values())
     hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     shared = config.multi_query and not config.new_decoder_architecture
     kv_heads = 1 if shared else config.num_kv_heads
@@ -309,31 +348,32 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def model_bytes_by_part(model: nn.Module) -> dict[str, int]:
-    """Bytes of a Falcon's parameters: the four linears, embedding and head, norms and biases.
+    """Bytes of a model's parameters: linears, embeddings and head, norms and biases.
 
     A tied head counts once, with the embedding. Scales and tables of quantized weights count
     with the linears. Buffers, gradients and optimizer state are not parameters.
 
     Args:
-        model: a Falcon, quantized or not; one on the meta device costs no memory.
+        model: quantized or not; one on the meta device costs no memory.
 
     Returns:
         Bytes under `linears`, `embedding` and `norms`.
 
     Example:
-        >>> from transformers import FalconConfig, FalconForCausalLM
+        >>> from transformers import FalconConfig
         >>> small = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=10)
-        >>> with torch.device("meta"):
-        ...     model = FalconForCausalLM(FalconConfig(**small)).bfloat16()
+        >>> model = on_meta(FalconConfig(**small))
         >>> model_bytes_by_part(model)    # 704 * 2, 10*8 * 2, 2 norms * 2*8 * 2
         {'linears': 1408, 'embedding': 160, 'norms': 64}
     """
     parts = {"linears": 0, "embedding": 0, "norms": 0}
-    packed = 0
-    for name, parameter in model.named_parameters():
+    packed, head = 0, model.get_output_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) or m is head]
+    tables = {id(p) for m in tables for p in m.parameters(recurse=False)}
+    for parameter in model.parameters():
         if getattr(parameter, "quant_state", None) is not None:
             packed += 1
-        elif "word_embeddings" in name or "lm_head" in name:
+        elif id(parameter) in tables:
             parts["embedding"] += parameter.nbytes
         else:
             parts["linears" if parameter.ndim == 2 else "norms"] += parameter.nbytes
@@ -380,16 +420,50 @@ def _open_weights(path: str) -> object:
     """Open a weight file without reading it: an object with `keys()` and the tensors."""
     if path.endswith(".safetensors"):
         return safe_open(path, framework="pt")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
 
 
-def read_weight(model: str, ending: str, revision: str | None = None) -> Tensor:
+@contextmanager
+def shard_bars(files: dict[str, str]) -> Iterator[None]:
+    """While open, transformers reads a checkpoint shard by shard, with a progress bar for each.
+
+    Left alone it shows one bar for all weights and takes them by name, from shards in turns.
+
+    Args:
+        files: which file holds which weight, as `weight_map` tells.
+
+    Example:
+        >>> weight = type("Weight", (), {"source_patterns": ["w"]})
+        >>> with shard_bars({"w": "model-00001-of-00001.safetensors"}):
+        ...     [name for name, _ in logging.tqdm([("w", weight)], desc="Loading weights")]
+        ['w']
+    """
+
+    def bars(bar: type, args: tuple, kwargs: dict) -> object:
+        shards: dict[str, list] = {}
+        for name, weight in args[0] if kwargs.get("desc") == "Loading weights" else ():
+            shards.setdefault(files.get(weight.source_patterns[0], ""), []).append((name, weight))
+        each = (bar(shards[file], desc=file or kwargs["desc"]) for file in sorted(shards))
+        return chain.from_iterable(each) if shards else bar(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(bars)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def read_weight(
+    model: str, ending: str, revision: str | None = None, shape: tuple[int, int] | None = None
+) -> Tensor:
     """Read one weight as it lies in the checkpoint, not the rest of the model.
 
     Args:
         model: Hub id or folder; of a Hub id one shard is fetched.
-        ending: how the weight's name ends, such as ".h.0.self_attention.dense.weight".
+        ending: how the weight's name ends, such as ".h.0.self_attention.dense.weight"; a whole
+            name also finds it where the checkpoint leaves out the front, as GPT-2's does.
         revision: commit or branch on the Hub.
+        shape: turns a weight that lies the other way round, as in GPT-2.
 
     Returns:
         The first weight of that name, on the CPU, in the dtype it is stored in.
@@ -404,8 +478,9 @@ def read_weight(model: str, ending: str, revision: str | None = None) -> Tensor:
         torch.bfloat16
     """
     files = weight_map(model, revision)
-    name = next((n for n in files if n.endswith(ending)), None)
+    name = next((n for n in files if n.endswith(ending) or ending.endswith(f".{n}")), None)
     if name is None:
         raise KeyError(f"{model} has no weight that ends in {ending!r}")
     opened = _open_weights(cached_file(model, files[name], revision=revision))
-    return opened.get_tensor(name) if hasattr(opened, "get_tensor") else opened[name]
+    weight = opened.get_tensor(name) if hasattr(opened, "get_tensor") else opened[name]
+    return weight if shape in (None, tuple(weight.shape)) else weight.T.contiguous()

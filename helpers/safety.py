@@ -36,17 +36,8 @@ class Screen:
     rule_ids: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One row of `safety_rules.tsv`, its pattern compiled."""
-
-    id: str
-    kind: str
-    pattern: re.Pattern[str]
-    example: str
-    counter_example: str
-    replacement: str = ""
-
+# One row of `safety_rules.tsv`, its pattern compiled; the replacement is for spellings alone.
+Rule = namedtuple("Rule", "id kind pattern example counter_example replacement")
 
 # Where a person can be reached, where that was found, and when it was last looked up.
 Helpline = namedtuple("Helpline", "region name number url source checked_on")
@@ -160,7 +151,8 @@ def _takes_back(other: Rule, found: re.Match[str], risk: re.Match[str], kind: st
     """Whether a suppressor found in the same sentence speaks of this very match."""
     touches = found.start() <= risk.end() + 1 and found.end() >= risk.start() - 1
     if touches or other.kind in ("idiom", "denial"):
-        negated = other.kind == "denial" and NEGATION.search(risk[0])
+        late = found.start() >= risk.end()
+        negated = other.kind == "denial" and (late or NEGATION.search(risk[0]))
         return touches and not negated and (other.kind != "recovered" or _is_past(risk))
     if other.kind == "recovered":
         return _is_past(risk)
@@ -172,11 +164,11 @@ def _takes_back(other: Rule, found: re.Match[str], risk: re.Match[str], kind: st
 
 def _spared(risk: re.Match[str], kind: str) -> bool:
     """Whether a suppressor takes this one match back; other matches of the message stand."""
-    sentence = _around(risk.string, *risk.span(), SENTENCE_END)
+    sentence, whole = _around(risk.string, *risk.span(), SENTENCE_END), {"denial": (0,)}
     return any(
         _takes_back(other, found, risk, kind)
         for other in INPUT_SUPPRESSORS
-        for found in other.pattern.finditer(risk.string, *sentence)
+        for found in other.pattern.finditer(risk.string, *whole.get(other.kind, sentence))
     )
 
 
@@ -193,9 +185,10 @@ TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[!?.,]")
 CONCEPTS = {w: row["concept"] for row in _read_table(WORDS_FILE) for w in row["words"].split()}
 PIECE = re.compile(r"(?:[^\s.!?。！？]+\s*){1,24}[.!?。！？]*")
 BUCKETS = 2**18
-AT_ONCE = 3.0  # what a plain phrase adds; it stands unless the rest of the words speak against it
+CERTAIN = "plain_"  # a rule so named flags by itself: the first person, the present, not negated
+AT_ONCE = 2.0  # what other direct phrases add; the rest of the words may speak against them
 SURER = 1.0  # how much surer the classifier must be where a denial or an idiom took a match back
-PIECEMEAL = 2.0  # and where it sees one sentence of a long message alone
+PIECEMEAL = 3.0  # and where it sees one sentence of a long message alone
 
 
 def features(plain: str, found: dict[Rule, bool]) -> dict[int, float]:
@@ -241,28 +234,43 @@ def pieces(plain: str) -> list[str]:
     return [plain, *several] if len(several) > 1 else [plain]
 
 
+def finds(plain: str) -> dict[str, dict[Rule, bool]]:
+    """What the rules find in each of the `pieces`; what the whole takes back, its pieces do, too.
+
+    Example:
+        >>> finds("i am fine")
+        {'i am fine': {}}
+    """
+    whole, *parts = pieces(plain)
+    first = find(whole)
+    back = {rule for rule, stands in first.items() if not stands}
+    return {whole: first} | {p: {r: s and r not in back for r, s in find(p).items()} for p in parts}
+
+
 def lean(found: dict[Rule, bool], piece: bool) -> float:
-    """What is added to the classifier's score: for plain phrases, what was taken back, a piece.
+    """What is added to the classifier's score: for direct phrases, what was taken back, a piece.
 
     Example:
         >>> lean({}, piece=False)    # no rule spoke, and it is the whole text
         0.0
     """
+    if not piece and any(stands and rule.id.startswith(CERTAIN) for rule, stands in found.items()):
+        return float("inf")
     kinds = {rule.kind for rule, stands in found.items() if stands}
     return AT_ONCE * bool(kinds & {*ALWAYS}) - SURER * bool(found and not kinds) - PIECEMEAL * piece
 
 
 def _screen(text: str) -> Screen:
     """Screen one text by itself, as a whole and by its sentences."""
-    finds = {part: find(part) for part in pieces(normalise(text))}
-    whole = next(iter(finds))
+    found = finds(normalise(text))
+    whole = next(iter(found))
     scores = (
         HEAD["scale"] * sum(WEIGHTS[bucket] * value for bucket, value in features(p, f).items())
         + lean(f, p is not whole)
-        for p, f in finds.items()
+        for p, f in found.items()
     )
     chosen = any(score + HEAD["bias"] > HEAD["threshold"] for score in scores)
-    standing = [rule for rule, stands in finds[whole].items() if stands]
+    standing = [rule for rule, stands in found[whole].items() if stands]
     ids = tuple(rule.id for rule in standing)
     kinds = tuple(dict.fromkeys(rule.kind for rule in standing)) or ("classifier",)
     return Screen(True, kinds, (*ids, "classifier")) if chosen else Screen(False, (), ids)

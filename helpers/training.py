@@ -134,18 +134,22 @@ def minutes(seconds: float) -> str:
     """Seconds as people say them.
 
     Example:
-        >>> minutes(75), minutes(12)
-        ('1 min 15 s', '12 s')
+        >>> minutes(8040), minutes(75), minutes(12)
+        ('2 h 14 min', '1 min 15 s', '12 s')
     """
     whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
 class ProgressLines(TrainerCallback):
-    """One plain line at the first steps and at each evaluation: losses, speed, time left.
+    """Plain lines: passes over the rows, time left, and at each evaluation the losses.
 
-    The time of the first step holds one-off work (compiling, allocating), so the estimate
-    is made from the steps after it. Only the first process prints.
+    The time left is said after the first step, again after the third, at each evaluation, and
+    once a minute where evaluations are rarer. The first step holds one-off work (compiling,
+    allocating): it is told by its later micro-batches where it has three or more, and is a bound
+    where it has not; from the second on, steps count whole. Only the first process prints.
 
     Args:
         rows: in the training part; 0 says nothing about passes.
@@ -161,62 +165,86 @@ class ProgressLines(TrainerCallback):
 
     def __init__(self, rows: int = 0, say=print):
         self.rows, self.say = rows, say
-        self.times: list[float] = []
-        self.train_loss, self.best, self.best_step, self.began = float("nan"), float("inf"), 0, 0.0
+        self.times, self.parts = [], []  # seconds of each step; when each micro-batch ended
+        self.train_loss, self.best, self.best_step = float("nan"), float("inf"), 0
+        self.began = self.ended = self.said = self.evaluation = 0.0
+
+    def _line(self, state, text: str) -> None:
+        self.said = time.perf_counter()
+        if state.is_world_process_zero:
+            self.say(text)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Say how many passes over the data the steps make."""
-        self.times = []
-        if state.is_world_process_zero and self.rows:
+        """Say how many passes over the data the steps make; a resumed run knows its best step."""
+        self.times, self.parts, self.ended = [], [], time.perf_counter()
+        if getattr(state, "best_metric", None) is not None:
+            self.best, self.best_step = state.best_metric, state.best_global_step
+        if self.rows:
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             passes = state.max_steps * per_step / self.rows
-            self.say(
-                f"{state.max_steps} steps of {per_step} rows: "
-                f"{passes:.1f} passes over {self.rows} rows"
-            )
+            steps = f"{state.max_steps} steps of {per_step} rows"
+            self._line(state, f"{steps}: {passes:.1f} passes over {self.rows} rows")
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock of this step."""
         self.began = time.perf_counter()
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Note when each micro-batch of the first step ended."""
+        if not self.times:
+            self.parts.append(time.perf_counter())
+
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop it; after the third step say how long the rest will take."""
-        self.times.append(time.perf_counter() - self.began)
-        if len(self.times) == 3 and state.is_world_process_zero:
-            self.say(
-                f"first step {self.times[0]:.1f} s, then {self.step_seconds:.1f} s; "
-                f"{self._left(state)}"
-            )
+        """Stop the clock; after the first and the third step say how long the rest will take."""
+        self.on_substep_end(args, state, control)
+        self.ended = time.perf_counter()
+        self.times.append(self.ended - self.began)
+        then = f", then {self.step_seconds:.1f} s" if len(self.times) == 3 else ""
+        if len(self.times) in (1, 3):
+            self._line(state, f"first step {self.times[0]:.1f} s{then}; {self._left(state)}")
 
     @property
     def step_seconds(self) -> float:
-        """Median seconds a step, the first one left out.
+        """Median seconds a step, the first one left out, or what its micro-batches promise.
 
         Example:
             >>> lines = ProgressLines()
             >>> lines.times = [9.0, 1.0, 3.0]
             >>> lines.step_seconds    # midway between 1 and 3
             2.0
+            >>> lines.times, lines.parts = [9.0], [8.0, 8.5, 9.0]    # compiled for 7.5 s
+            >>> lines.step_seconds    # three micro-batches of 0.5 s
+            1.5
         """
+        if len(self.times) == 1 and len(self.parts) > 2:
+            return float(np.median(np.diff(self.parts))) * len(self.parts)
         return float(np.median(self.times[1:] or self.times))
 
     def _left(self, state) -> str:
-        return f"about {minutes(self.step_seconds * (state.max_steps - state.global_step))} left"
+        steps, every = state.max_steps - state.global_step, getattr(state, "eval_steps", None)
+        seconds = self.step_seconds * steps + self.evaluation * (steps // every if every else 0)
+        bound = len(self.times) == 1 and len(self.parts) < 3
+        return f"{'at most' if bound else 'about'} {minutes(seconds)} left"
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Remember the last training loss."""
+        """Remember the last training loss; say it if nothing was said for a minute."""
         self.train_loss = float((logs or {}).get("loss", self.train_loss))
+        if self.times and time.perf_counter() - self.said > 60:
+            step = f"step {state.global_step} of {state.max_steps}"
+            self._line(state, f"{step}: loss {self.train_loss:.3f}; {self._left(state)}")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """One line: step, losses, best step so far, time left."""
+        """One line: step, losses, when the held-out loss last improved, time left."""
         held_out = (metrics or {}).get("eval_loss")
-        if held_out is None or not self.times:
+        if held_out is None:
             return
+        self.evaluation = time.perf_counter() - self.ended
         if held_out < self.best:
             self.best, self.best_step = held_out, state.global_step
-        if state.is_world_process_zero:
-            self.say(
-                f"step {state.global_step} of {state.max_steps}: "
-                f"loss {self.train_loss:.3f}, held-out {held_out:.3f} "
-                f"(best {self.best:.3f} at step {self.best_step}); {self._left(state)}"
-            )
+        loss = f"loss {self.train_loss:.3f}, " if self.times else ""
+        left = f"; {self._left(state)}" if self.times else ""
+        self._line(
+            state,
+            f"step {state.global_step} of {state.max_steps}: {loss}held-out {held_out:.3f} "
+            f"(last improved at step {self.best_step}, to {self.best:.3f}){left}",
+        )

@@ -76,11 +76,54 @@ def test_rows_that_nobody_can_use_are_dropped_and_counted_by_reason() -> None:
     assert (len(rows), dropped) == (1, {"empty": 2, "without tags": 1})
 
 
+def test_columns_in_other_capitals_and_a_text_beside_them_are_read(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        [{"Instruction": "What helps?", "Input": "", "OUTPUT": "Sleep.", "text": "no"}]
+    )
+    assert load_dialogues(table)[0][0] == PAIR
+
+
+def test_tags_and_end_marks_that_rows_bring_along_are_not_doubled() -> None:
+    prompt = "<HUMAN>: What helps?\n<ASSISTANT>:"
+    for row in [
+        {"prompt": prompt, "completion": " Sleep."},
+        {"text": f"{prompt} Sleep. <|endoftext|>"},
+        {"question": "What helps?", "answer": "Sleep.</s>"},
+    ]:
+        assert load_dialogues(pd.DataFrame([row]))[0][0] == PAIR
+    stray = {"question": "Why?", "answer": "So.\n<HUMAN>: And then?"}
+    assert load_dialogues(pd.DataFrame([PAIR, stray]))[1] == {"without tags": 1}
+
+
+def test_messages_without_words_are_dropped() -> None:
+    silent = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": None}]
+    capitals = [{"role": t["role"].title(), "content": t["content"]} for t in TURNS]
+    rows, dropped = load_dialogues(pd.DataFrame({"messages": [silent, capitals]}))
+    assert (rows[0], dropped) == (PAIR, {"without an answer": 1})
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.jsonl", "rows.parquet"])
+def test_a_broken_file_is_named_in_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('question,answer\n"What helps?,Sleep.\n')
+    with pytest.raises(ValueError, match=rf"{name} is no whole \.\w+ \(.*\): mend it"):
+        load_dialogues(str(tmp_path / name))
+
+
+def test_several_answers_to_one_question_stay_together_in_a_split(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        [{"Context": f"Question {i % 10}?", "Response": f"Answer {i}."} for i in range(60)]
+    )
+    table.to_csv(tmp_path / "rows.csv", index=False, encoding="cp1252")
+    parts = split_rows(load_dialogues(str(tmp_path / "rows.csv"))[0], seed=1)
+    asked = [set(part["question"]) for part in parts.values()]
+    assert sum(map(len, asked)) == 10 and sum(map(len, parts.values())) == 60
+
+
 def test_bad_sources_get_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="no file nowhere.csv: check DATASET"):
         load_dialogues("nowhere.csv")
     with pytest.raises(
-        ValueError, match="no known column among .*'foo'.*rename them to one of: text;"
+        ValueError, match="no known column among .*'foo'.*rename them to one of: question, answer;"
     ):
         load_dialogues(pd.DataFrame({"foo": ["x"]}))
     with pytest.raises(ValueError, match=r"no row is left of 1 .*'empty': 1.*check DATASET"):

@@ -1,6 +1,7 @@
 """The traps of today's libraries, each with its mend taken away to see that it matters."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,26 @@ def test_a_missing_shard_is_named(small: Path, tmp_path: Path, files: str) -> No
         FileNotFoundError, match=f"lacks 1 of .*{gone.name}.*download the model again"
     ):
         load_falcon(str(folder), TINY)
+
+
+@pytest.mark.parametrize("files", ["safetensors", "bin"])
+def test_each_shard_has_its_bar_and_is_mapped_rather_than_read_whole(
+    small: Path,
+    tmp_path: Path,
+    files: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = small if files == "safetensors" else as_bin(small, tmp_path / "model")
+    mapped, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: mapped.append(k.get("mmap")) or load(*a, **k)
+    )
+    load_falcon(str(folder), TINY)
+    shards = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    assert len(shards) > 2 and mapped == [True] * len(shards) * (files == "bin")
+    shown = re.findall(r"([\w.-]+): 100%.* (\d+)/\2", capsys.readouterr().err)
+    assert list(dict.fromkeys(name for name, _ in shown)) == shards
 
 
 @pytest.mark.parametrize("what", [load_config, load_tokenizer])

@@ -57,7 +57,7 @@ def test_one_clause_is_found_in_a_long_message() -> None:
     assert safety.lean({}, piece=True) < safety.lean({}, piece=False)
 
 
-FLOORS = {"seen": (0.98, 0.05), "unseen": (0.86, 0.08)}
+FLOORS = {"seen": (0.98, 0.05), "unseen": (0.96, 0.15)}
 
 
 @pytest.mark.parametrize("part", FLOORS)
@@ -70,6 +70,64 @@ def test_recall_and_false_alarms_hold(part: str) -> None:
 
 def test_a_message_takes_under_two_milliseconds() -> None:
     assert milliseconds(ROWS, rounds=3)["median"] < 2
+
+
+PLAIN = (
+    "I want to kill myself",
+    "i wanna die",
+    "im gonna end my life",
+    "I'm suicidal",
+    "I keep thinking about killing myself",
+    "I have decided to take my own life",
+    "i w4nt to k1ll mys3lf",
+    "I'm planning my suicide",
+)
+AROUND = (
+    "{}",
+    "{} lol",
+    "My boss was kind, the garden is in bloom, and I baked bread for the choir. {}. Soup ideas?",
+    "I am a nurse and I study psychology. {}.",
+    "{} because of the exam, and I love football and pasta",
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("phrase", PLAIN)
+def test_a_plain_direct_phrase_flags_for_certain(phrase: str, around: str) -> None:
+    plain = normalise(around.format(phrase))
+    assert safety.lean(safety.find(plain), piece=False) == float("inf")
+    assert "direct" in screen_input(around.format(phrase)).kinds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I want to die of embarrassment",
+        'My character says "I want to kill myself" in act two',
+        "Years ago I was thinking about suicide, today I am well",
+        "What do I reply when a client says I want to kill myself?",
+        "I don't want to kill myself",
+        "Mum thinks I want to kill myself. I don't.",
+        "Do I want to die? No.",
+        "My doctor asked if I think about suicide and I said no",
+        "Killing myself is not an option",
+    ],
+)
+def test_a_suppressor_takes_certainty_back(text: str) -> None:
+    assert safety.lean(safety.find(normalise(text)), piece=False) <= 0
+    assert not screen_input(text).flag
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "My doctor asked if I want to kill myself and I said no. I lied.",
+        "Mum thinks I want to kill myself. I do not know what to tell her.",
+        "Do I want to die? Not yet.",
+    ],
+)
+def test_what_looks_like_a_denial_is_none(text: str) -> None:
+    assert any(safety.find(normalise(text)).values())
 
 
 def test_a_disclosure_is_sticky_and_a_later_denial_does_not_clear_it() -> None:
@@ -168,14 +226,16 @@ def test_a_screen_tells_no_score() -> None:
 
 def test_the_weights_are_small_and_say_how_they_were_chosen() -> None:
     assert safety.WEIGHTS_FILE.stat().st_size < 2**20 and len(safety.WEIGHTS) == safety.BUCKETS
-    found = safety.HEAD["cross_validation"]
-    assert found["false_alarms"]["value"] <= ALARMS
-    assert sum(rate["n"] for rate in found.values()) == len(read_text())
+    held_out = safety.HEAD["sets_held_out"]
+    assert held_out["false_alarms"]["value"] <= ALARMS
+    assert sum(rate["n"] for rate in held_out.values()) == sum(map(len, read_seen().values()))
+    by_fold = safety.HEAD["cross_validation"]
+    assert sum(rate["n"] for rate in by_fold.values()) == len(read_text())
 
 
 def test_no_unseen_case_stands_in_the_training_text() -> None:
     unseen = {row["message"].casefold() for row in ROWS if row["part"] == "unseen"}
-    trained = read_text() + read_seen() + read_questions() + read_examples()
+    trained = read_text() + sum(read_seen().values(), []) + read_questions() + read_examples()
     assert not unseen & {text.casefold() for _, text in trained}
 
 

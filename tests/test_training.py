@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from helpers import training
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer
 from helpers.profiles import TINY
 from helpers.training import ProgressLines, adapters_to_fp32, padding_share, row_order
@@ -102,23 +103,76 @@ def test_padding_share_counts_what_is_computed_for_nothing() -> None:
     assert padding_share([10, 20, 30], [2, 1, 0], 2) == pytest.approx(1 - 60 / 70)
 
 
-def test_progress_says_passes_estimate_and_best_step() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that stands still unless it is turned."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def run_steps(
+    lines: ProgressLines, state: SimpleNamespace, clock: SimpleNamespace, steps: list[list[float]]
+) -> None:
+    """Each step is a list of its micro-batches' seconds."""
+    for parts in steps:
+        lines.on_step_begin(ARGS, state, None)
+        for number, seconds in enumerate(parts, 1):
+            clock.now += seconds
+            if number < len(parts):
+                lines.on_substep_end(ARGS, state, None)
+        state.global_step += 1
+        lines.on_step_end(ARGS, state, None)
+        lines.on_log(ARGS, state, None, logs={"loss": 2.0})
+
+
+ARGS = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=2, world_size=1)
+
+
+def some_state(**more) -> SimpleNamespace:
+    return SimpleNamespace(is_world_process_zero=True, max_steps=100, global_step=0, **more)
+
+
+def test_progress_says_passes_time_left_and_when_the_held_out_loss_last_improved(clock) -> None:
     said: list[str] = []
-    lines = ProgressLines(rows=10, say=said.append)
-    args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=2, world_size=1)
-    state = SimpleNamespace(is_world_process_zero=True, max_steps=5, global_step=0)
-    lines.on_train_begin(args, state, None)
-    for step in range(1, 4):
-        state.global_step = step
-        lines.on_step_begin(args, state, None)
-        lines.on_step_end(args, state, None)
-    lines.on_log(args, state, None, logs={"loss": 2.0})
-    lines.on_evaluate(args, state, None, metrics={"eval_loss": 3.0})
-    lines.on_evaluate(args, state, None, metrics={"eval_loss": 4.0})
-    assert said[0] == "5 steps of 8 rows: 4.0 passes over 10 rows"
-    assert said[1].startswith("first step 0.0 s") and "left" in said[1]
-    assert said[2].startswith("step 3 of 5: loss 2.000, held-out 3.000 (best 3.000 at step 3)")
-    assert "held-out 4.000 (best 3.000 at step 3)" in said[3]
+    lines, state = ProgressLines(rows=10, say=said.append), some_state(eval_steps=50)
+    lines.on_train_begin(ARGS, state, None)
+    clock.now += 5  # the evaluation before the first step
+    lines.on_evaluate(ARGS, state, None, metrics={"eval_loss": 3.5})
+    run_steps(lines, state, clock, [[20.0], [1.0], [1.0]])
+    for seconds, loss in [(7, 3.0), (0, 4.0)]:
+        clock.now += seconds
+        lines.on_evaluate(ARGS, state, None, metrics={"eval_loss": loss})
+    assert said == [
+        "100 steps of 8 rows: 80.0 passes over 10 rows",
+        "step 0 of 100: held-out 3.500 (last improved at step 0, to 3.500)",
+        "first step 20.0 s; at most 33 min 5 s left",  # 99 * 20 + 5
+        "first step 20.0 s, then 1.0 s; about 1 min 42 s left",  # 97 * 1 + 5
+        "step 3 of 100: loss 2.000, held-out 3.000 (last improved at step 3, to 3.000)"
+        "; about 1 min 44 s left",  # 97 * 1 + 7
+        "step 3 of 100: loss 2.000, held-out 4.000 (last improved at step 3, to 3.000)"
+        "; about 1 min 44 s left",
+    ]
+
+
+def test_the_first_estimate_leaves_out_what_is_done_once(clock) -> None:
+    said: list[str] = []
+    lines, state = ProgressLines(say=said.append), some_state()
+    lines.on_train_begin(ARGS, state, None)
+    run_steps(lines, state, clock, [[60.0, 2.0, 1.0, 1.0]])
+    assert said == ["first step 64.0 s; about 6 min 36 s left"]  # 99 steps of 4 * 1 s
+
+
+def test_a_line_comes_once_a_minute_and_a_resumed_run_knows_its_best_step(clock) -> None:
+    said: list[str] = []
+    lines = ProgressLines(say=said.append)
+    state = some_state(best_metric=1.5, best_global_step=40)
+    lines.on_train_begin(ARGS, state, None)
+    run_steps(lines, state, clock, [[25.0]] * 6)
+    lines.on_evaluate(ARGS, state, None, metrics={"eval_loss": 1.6})
+    assert [line.split(":")[0] for line in said[2:]] == ["step 6 of 100", "step 6 of 100"]
+    assert said[2] == "step 6 of 100: loss 2.000; about 39 min 10 s left"  # 94 * 25
+    assert "held-out 1.600 (last improved at step 40, to 1.500)" in said[3]
 
 
 def test_a_t4_profile_computes_in_fp16_with_64_rows_a_step() -> None:

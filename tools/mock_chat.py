@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     with (
         patch("helpers.falcon.load_falcon", lambda *args, **others: model),
         patch("helpers.falcon.use_fused_attention", lambda base: 0),
-        patch("peft.PeftModel.from_pretrained", lambda base, adapter: model),
+        patch("tools.any_model.lay_adapter", lambda base, adapter: model),
     ):
         runpy.run_path(str(twin), run_name="__main__")
 

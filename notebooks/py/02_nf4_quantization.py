@@ -73,19 +73,22 @@ assert torch.equal(levels, bnb.functional.get_4bit_type("nf4", device="cpu"))
 # takes the same road in torch alone.
 #
 # Now a real weight, and two other tables to compare with: even spacing, and the 4-bit float FP4.
-# We read one matrix of the first decoder layer from the checkpoint, without the rest of the
-# model, and keep at most 1,024 of its rows. The imports serve the whole page.
+# We read the first of the widest matrices from the checkpoint, without the rest of the model, and
+# keep at most 1,024 of its rows. The imports serve the whole page.
 
 # %%
 from einops import rearrange
 from helpers import nf4
 from helpers.falcon import load_config, load_falcon, nf4_config, quantize_falcon_linears
 from helpers.profiles import TINY, detect_profile
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig, FalconForCausalLM
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FalconConfig
 
 profile = detect_profile(PROFILE, model=MODEL)
-weight = nf4.read_weight(profile.model, ".h.0.mlp.dense_h_to_4h.weight", REVISION)[:1024]
-print(f"{tuple(weight.shape)} {weight.dtype}, standard deviation {weight.float().std():.4f}")
+to_round = nf4.linear_shapes(load_config(profile.model, REVISION))
+widest = max(to_round, key=lambda name: to_round[name][0] * to_round[name][1])
+weight = nf4.read_weight(profile.model, f"{widest}.weight", REVISION, to_round[widest])[:1024]
+print(widest, tuple(weight.shape), weight.dtype, f"standard deviation {weight.float().std():.4f}")
 tables = {"NF4": nf4.NF4_LEVELS, "uniform": nf4.uniform_levels(), "FP4": nf4.fp4_levels()}
 
 # %% [markdown]
@@ -234,10 +237,10 @@ assert abs(bits - nf4.predicted_bits()) < 0.001
 
 # %%
 configs = {"this model": load_config(profile.model, REVISION), "Falcon-7B": FalconConfig()}
-with torch.device("meta"):
-    plain = {name: FalconForCausalLM(c).bfloat16() for name, c in configs.items()}
+plain = {name: nf4.on_meta(config) for name, config in configs.items()}
 for name, count in {k: falcon.num_parameters() for k, falcon in plain.items()}.items():
     print(f"{name:10} {count:>13,} weights, {count * 2 / 1e9:.2f} GB in 16 bits")
+shapes, files = plain["this model"].state_dict(), nf4.weight_map(profile.model, REVISION)
 
 # %% [markdown]
 # Falcon-7B takes 13.84 GB (10⁹ bytes) in 16 bits. Free Colab has 12.7 GB of host memory: a
@@ -246,8 +249,8 @@ for name, count in {k: falcon.num_parameters() for k, falcon in plain.items()}.i
 # predict that no file is more than twice the average, so that one at a time is a small load.
 
 # %%
-shapes, where = plain["this model"].state_dict(), nf4.weight_map(profile.model, REVISION)
-parts = {f: [t.nbytes for n, t in shapes.items() if where.get(n) == f] for f in where.values()}
+where = {n: files.get(n) or files.get(n.partition(".")[2]) for n in shapes}  # GPT-2's lack a word
+parts = {f: [t.nbytes for n, t in shapes.items() if where[n] == f] for f in where.values() if f}
 biggest, whole = max(map(sum, parts.values())), sum(map(sum, parts.values()))
 print(f"{len(parts)} files, {whole:,} bytes; the biggest {biggest:,}, {biggest / whole:.0%}")
 assert biggest <= 2 * whole / len(parts)
@@ -286,12 +289,12 @@ recipe = BitsAndBytesConfig(
 assert recipe.to_dict() == nf4_config(profile).to_dict()
 
 # %% [markdown]
-# `load_falcon` uses exactly this, and mends what section 6 shows. We load, add up what the layers
-# hold, and compare; the two roads should meet within 1 %.
+# `load_falcon` uses exactly this, mends what section 6 shows, and has a progress bar for each
+# shard. We load, add up what the layers hold, and compare; the roads should meet within 1 %.
 
 # %%
 model = load_falcon(profile.model, profile, revision=REVISION)
-layer, parts = model.transformer.h[0].mlp.dense_h_to_4h, nf4.stored_parts(model)
+layer, parts = model.get_submodule(widest), nf4.stored_parts(model)
 constants = parts.pop("constants")
 ratio = sum(parts.values()) / predicted["this model"]
 print(*(f"{kind}: {size:,} bytes" for kind, size in parts.items()), sep="\n")
@@ -309,7 +312,7 @@ assert abs(ratio - 1) < 0.01
 linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
 kinds = {(m.weight.dtype, m.weight.requires_grad, str(m.weight.device)) for m in linears}
 print(f"{len(linears)} in {model.config.num_hidden_layers} layers; dtype, trained, device: {kinds}")
-assert len(linears) == 4 * model.config.num_hidden_layers
+assert len(linears) == len(to_round)
 assert kinds == {(torch.uint8, False, profile.device)}
 
 # %% [markdown]
@@ -339,7 +342,7 @@ assert agree > 0.9999
 # %%
 x = torch.randn(16, layer.in_features, dtype=profile.compute_dtype, device=profile.device)
 restored = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-difference = (x @ restored.to(x.dtype).T - layer(x)).norm() / layer(x).norm()
+difference = (linear(x, restored.to(x.dtype), layer.bias) - layer(x)).norm() / layer(x).norm()
 print(f"computes in {layer.compute_dtype}; relative difference {difference:.1e}")
 assert layer.compute_dtype == profile.compute_dtype and difference < 0.01
 
@@ -357,7 +360,7 @@ sizes["this model, NF4"] = nf4.model_bytes_by_part(model)
 sizes["Falcon-7B, NF4"] = sizes["Falcon-7B, 16 bits"] | {"linears": predicted["Falcon-7B"]}
 for name, row in sorted(sizes.items(), reverse=True):
     print(f"{name:19}", *(f"{part} {size / 1e6:,.2f}" for part, size in row.items()), "MB")
-assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"]["linears"]
+assert sizes["this model, 16 bits"]["linears"] > 3.5 * sizes["this model, NF4"]["linears"]
 
 # %% [markdown]
 # We see only the linears shrink. The embedding, tied to the output head, and the norms stay in the
@@ -391,7 +394,7 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # row: Bytes stored = quantization.stored_bytes
 # row: Stored to predicted = quantization.ratio
 # row: Peak GPU memory, GiB = quantization.peak_gpu_gib
-# row: Peak host memory, GiB = quantization.peak_host_gib
+# row: Peak host memory, mapped files included, GiB = quantization.peak_host_gib
 # row: Seconds for the page = quantization.page_seconds
 # -->
 # | | H100, random weights |
@@ -401,17 +404,41 @@ assert sizes["this model, 16 bits"]["linears"] > 3.8 * sizes["this model, NF4"][
 # | Bytes stored | 3,418,263,936 |
 # | Stored to predicted | 1 |
 # | Peak GPU memory, GiB | 3.95 |
-# | Peak host memory, GiB | 13.9 |
+# | Peak host memory, mapped files included, GiB | 13.9 |
 # | Seconds for the page | 3 |
 #
 # Measured on H100, random weights: NVIDIA H100 80GB HBM3, 2026-11-26, [falcon7b.json](../results/h100/falcon7b.json).
 # <!-- end -->
 #
 # We see the stored bytes meet the prediction here too, and a GPU peak not far above the sum of NF4
-# weights and embedding. The host's peak is another matter: a little more than the whole 16-bit
-# checkpoint, although it comes in shards. It counts pages of mapped files as well, which a system
-# short of memory may take back; whether 12.7 GB would be enough was not measured. Nor has anyone
-# run this page on an A100 or a T4.
+# weights and embedding. The host's peak looks like the whole checkpoint, since it counts the pages
+# of mapped files, which a system short of memory takes back. What nobody can take back is memory of
+# the process's own, `RssAnon`. `benchmarks/host_memory.py` looked at it while loading:
+#
+# <!-- table
+# column: H100 = results/h100/host_memory.json
+# column: CPU = results/cpu/host_memory.json
+# row: Own memory at most, safetensors, GB = safetensors.anon_peak_gb
+# row: Own memory at most, `.bin`, GB = bin.anon_peak_gb
+# row: The same `.bin` shards read whole, not mapped, GB = bin_whole.anon_peak_gb
+# row: Own memory before loading, GB = safetensors.anon_before_gb
+# row: Seconds for eight shards, safetensors = safetensors.seconds
+# row: Seconds for eight shards, `.bin` = bin.seconds
+# -->
+# | | H100 | CPU |
+# | --- | ---: | ---: |
+# | Own memory at most, safetensors, GB | not measured yet | not measured yet |
+# | Own memory at most, `.bin`, GB | not measured yet | not measured yet |
+# | The same `.bin` shards read whole, not mapped, GB | not measured yet | not measured yet |
+# | Own memory before loading, GB | not measured yet | not measured yet |
+# | Seconds for eight shards, safetensors | not measured yet | not measured yet |
+# | Seconds for eight shards, `.bin` | not measured yet | not measured yet |
+#
+# Measured on H100, CPU: not measured yet.
+# <!-- end -->
+#
+# We see how far both formats stay below the 12.7 GB of a free machine. On a CPU the rounded weights
+# themselves lie in that memory, on a GPU they do not. Nobody has run this page on an A100 or a T4.
 
 # %% [markdown]
 # ## 6. Four bits that never were

@@ -86,27 +86,33 @@ from helpers.dialogues import load_dialogues, split_rows, to_prompt_completion
 
 is_there = Path("artifacts/dataset").exists() and DATASET is None
 where = "artifacts/dataset" if is_there else DATASET or profile.dataset
-parts = load_from_disk(where) if is_there else split_rows(load_dialogues(where)[0], seed=SEED)
+rows, dropped = (None, "page 01 says") if is_there else load_dialogues(where)
+parts = load_from_disk(where) if is_there else split_rows(rows, seed=SEED)
 print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to watch,",
-      f"from {Path(where).name}")
+      f"from {Path(where).name}; left out: {dropped or 'none'}")
 
 # %% [markdown]
 # We see seven to eight rows to train on for each row to watch. Now the model, in NF4 as on
 # page 02. The loader proves that every linear layer is quantized; we ask once more, because
-# today's libraries can leave Falcon in 16 bits without a word.
+# today's libraries can leave Falcon in 16 bits without a word. Rows whose question leaves no room
+# for an answer go, now that its tokens can be counted.
 
 # %%
+from bitsandbytes.nn import Linear4bit
 from helpers.falcon import assert_quantized, load_falcon, load_tokenizer, use_fused_attention
+from tools.any_model import drop_long
 
 model = load_falcon(profile.model, loading(profile), revision=REVISION,
                     storage=quant_storage(profile))
 tokenizer = load_tokenizer(profile.model, REVISION)
 n_fused, n_4bit = use_fused_attention(model, FUSED_ATTENTION), assert_quantized(model)
-print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.compute_dtype}")
+parts, too_long = drop_long(parts, tokenizer, profile.max_length)
+print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.compute_dtype};",
+      f"rows left out: {too_long or 'none'}")
 
 # %% [markdown]
-# We see four 4-bit layers for each decoder layer, as predicted on page 02. The weights are stored
-# in 4 bits and multiplied in the dtype printed last: the *compute dtype*. The article calls it
+# We see four 4-bit layers for each of Falcon's decoder layers, as predicted on page 02. The weights are stored
+# in 4 bits and multiplied in the dtype printed here: the *compute dtype*. The article calls it
 # "full precision"; on a GPU it is a 16-bit format.
 #
 # ## 2. LoRA by hand
@@ -116,7 +122,7 @@ print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.comp
 # layer.
 
 # %%
-layer, rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32
+layer, rank, alpha = next(m for m in model.modules() if isinstance(m, Linear4bit)), 32, 32
 generator = torch.Generator().manual_seed(SEED)
 x = torch.randn(1, layer.in_features, generator=generator).to(model.device, profile.compute_dtype)
 lora_a = (torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5).to(x)
@@ -136,17 +142,17 @@ assert equal == [True, False]
 
 # %% [markdown]
 # We see True, then False: training starts from the base model itself, not from a damaged copy of
-# it. The article's settings are rank 32 and α 32, so the factor α/r is 1, on all four linears.
-# Each gets $r$ times (in + out) new numbers, which we add up before anything is built.
+# it. The article's settings are rank 32 and α 32, so the factor α/r is 1, on all four linears; a
+# model that names them otherwise gets adapters on all of its own. Each linear gets $r$ times
+# (in + out) new numbers, which we add up before anything is built.
 
 # %%
 from peft import LoraConfig, PeftModel
+from tools.any_model import lora_targets
 
-linears = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-is_falcon = model.config.model_type == "falcon"
 lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM",
-                  target_modules=linears if is_falcon else "all-linear")
-layers = [m for n, m in model.named_modules() if n.split(".")[-1] in linears]
+                  target_modules=lora_targets(model))
+layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
 n_predicted = sum(rank * (m.in_features + m.out_features) for m in layers)
 print(f"{len(layers)} layers, {n_predicted:,} numbers to train:",
       f"{n_predicted * 4 / 1e6:.1f} MB in 32 bits")
@@ -163,8 +169,12 @@ print(f"{len(layers)} layers, {n_predicted:,} numbers to train:",
 
 # %%
 from helpers.profiles import GIB, plan_memory
+from transformers import FalconConfig
 
-plan = plan_memory(profile, model.config, rank=rank)
+is_falcon = model.config.model_type == "falcon"
+plan = plan_memory(profile, model.config if is_falcon else FalconConfig(), rank=rank)
+if not is_falcon:
+    print("The plan knows Falcon's shapes alone: what follows is Falcon-7B's.")
 for part, size in sorted(plan.items(), key=lambda item: -item[1]):
     print(f"{part:12} {size / GIB:8.3f} GiB")
 print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
@@ -296,7 +306,7 @@ save_whole_adapters(trainer)
 n_trainable = adapters_to_fp32(trainer)
 use_mends(trainer, mends)
 print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
-assert n_trainable == n_predicted or not is_falcon
+assert n_trainable == n_predicted
 
 # %% [markdown]
 # We see two roads lead to one number. Before we train, one look at what the trainer made of the
@@ -307,7 +317,7 @@ assert n_trainable == n_predicted or not is_falcon
 row = trainer.train_dataset[0]
 n_masked, end = sum(label == -100 for label in row["labels"]), tokenizer.decode(row["labels"][-5:])
 print(f"{len(row['labels'])} labels, {n_masked} masked; learned text ends in {end!r}")
-assert tokenizer.decode(row["input_ids"][:n_masked]) == pairs["prompt"][order[0]]
+assert row["input_ids"][:n_masked] == tokenizer(pairs["prompt"][order[0]]).input_ids
 assert row["labels"][-1] == tokenizer.eos_token_id or len(row["labels"]) == args.max_length
 
 # %% [markdown]
@@ -328,8 +338,9 @@ print(f"a checkpoint must match {len(mark)} settings")
 
 # %% [markdown]
 # Now the training itself. The first line says whether it goes on or starts, the next how many
-# passes over the rows the steps make; then each evaluation adds a line: the loss on the rows
-# trained on, the loss on the rows held out, and the time left. Stopping the cell saves a
+# passes over the rows the steps make; the first step is timed and says how long all will take. Each
+# evaluation then adds a line: the loss on the rows trained on, the loss on the rows held out, when
+# that last improved, and the time left. Stopping the cell saves a
 # checkpoint; run it again to go on.
 
 # %%
@@ -461,7 +472,7 @@ print(*hand_over(folder, DRIVE, HUB_REPO), sep="\n")
 # for the adapters, and those of the file.
 
 # %%
-print(f"adapters: planned {plan['adapters']:,} bytes, saved {files['adapter_model.safetensors']:,}")
+print(f"adapters: planned {4 * n_predicted:,} bytes, saved {files['adapter_model.safetensors']:,}")
 
 # %% [markdown]
 # We see the two agree up to a header of a few kB. Time we can measure anywhere too; the peak of

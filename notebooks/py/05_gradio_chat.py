@@ -78,10 +78,10 @@ print(f"adapter from {found}")
 
 # %%
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
-from peft import PeftModel
+from tools.any_model import lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
-model = PeftModel.from_pretrained(base, adapter).eval()
+model = lay_adapter(base, adapter)
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
@@ -134,24 +134,28 @@ print(reply(chat, "I do not want to be alive any more."))
 # "just kidding" after such a message is no reason to go on chatting.
 #
 # How often does it miss? The classifier was trained on messages written for it, and cross-validated
-# there. Others, half of them at risk and half harmless, were written by somebody who saw neither the
-# rules nor that text, and scored when nothing was to change any more. Recall is the share of the
-# messages at risk that were caught, a false alarm a harmless one stopped.
+# there. Three sets of messages that others wrote, each held out once, chose its threshold. A fourth,
+# half at risk and half harmless, was written by somebody who saw neither the rules nor that text,
+# and scored when nothing was to change any more. Recall is the share of the messages at risk that
+# were caught, a false alarm a harmless one stopped.
 
 # %%
 import json
 
 measured = json.loads((root / "results/cpu/safety.json").read_text())
-parts = {"unseen": measured["unseen"], "cross": measured["classifier"]["cross_validation"]}
+trained = measured["classifier"]
+parts = {"unseen": measured["unseen"], "sets": trained["sets_held_out"]}
+parts["cross"] = trained["cross_validation"]
 for part, found in parts.items():
     for name in ("recall", "false_alarms"):
         r = found[name].get("overall", found[name])
         print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see more caught on the unseen messages than in cross-validation, where many a cry for help has
-# a harmless twin of nearly the same words; the truth for real people may be lower than both. Neither
-# reaches the nineteen in twenty that one would want. Where does it miss?
+# We see nearly all cries for help caught on the unseen messages, and a harmless one stopped far more
+# often than on the sets that chose the threshold: those had been read when more text was written,
+# and flatter. Cross-validation is harder, for there many a cry for help has a harmless twin of nearly
+# the same words; the truth for real people may be lower than all three. Where does it err?
 
 # %%
 for name in ("recall", "false_alarms"):
@@ -160,9 +164,11 @@ for name in ("recall", "false_alarms"):
 print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 
 # %% [markdown]
-# Passive wishes, burdens and farewells are all caught; a question about means is missed most often,
-# then fear for a third person, and even direct words are missed, each on few messages. The ids of
-# what was missed lead to the words in `tests/safety_cases.tsv`.
+# Self-harm is missed most often, and one message in direct words is missed; all other kinds are
+# caught, each on few messages. Stopped without need are most often a fear for one's life or another's
+# for a reason such as illness, then talk of fiction, and ordinary sorrow; questions for information,
+# for study and about therapy are not. The ids of what was missed lead to the words in
+# `tests/safety_cases.tsv`.
 #
 # > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from
 # > good enough for a public service, a net under a demonstration: this page must not be offered to
