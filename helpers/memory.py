@@ -75,20 +75,20 @@ def plan_memory(
         >>> round(plan["weights"] / GIB, 2), round(plan["adapters"] / 4)
         (3.18, 65273856)
     """
-    h, ffn, kv = config.hidden_size, config.ffn_hidden_size, config.head_dim * 2
-    shapes = ((h, h + kv), (h, h), (h, ffn), (ffn, h))
+    h, ffn = config.hidden_size, config.ffn_hidden_size
+    shapes = ((h, h + config.head_dim * 2), (h, h), (h, ffn), (ffn, h))
     layers, size = config.num_hidden_layers, profile.compute_dtype.itemsize
     tokens = (batch_size or profile.batch_size) * (length or profile.max_length)
     again = profile.gradient_checkpointing if checkpointing is None else checkpointing
-    sides = [rank * side for shape in shapes for side in shape]
-    unpaged = [n for n in sides if resumed or "paged" not in profile.optim or n < PAGED_FROM]
-    hidden, stream = tokens * h * size, 1 if lean else 4 / size  # autocast's residuals: 32 bits
-    chunk = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK) * size
-    logits = chunk + hidden * (3 * stream + 4 / size)
+    sides, held = [rank * n for shape in shapes for n in shape], "paged" not in profile.optim
+    unpaged = [n for n in sides if resumed or held or n < PAGED_FROM]
+    chunk = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK)
+    # three residuals, of 32 bits if autocast is on, and one gradient of 32 bits
+    logits = chunk * size + tokens * h * (3 * (size if lean else 4) + 4)
     waiting, moment = _layer(config, tokens, size, rank, again, lean, compiled)
     return {
         "weights": layers * sum(a * b for a, b in shapes) * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
-        "embedding": (config.vocab_size * h + (2 * layers + 2) * h) * size,
+        "embedding": (config.vocab_size + 2 * layers + 2) * h * size,
         "adapters": 4 * layers * sum(sides),
         "gradients": 4 * layers * sum(sides),
         "optimizer": 8 * layers * sum(unpaged),
