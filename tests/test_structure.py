@@ -212,8 +212,9 @@ def test_helpers_are_thin_together() -> None:
     # for 4-bit LoRA that compiles whole, and for NF4 weights multiplied in fp8. 1,650 in eleven
     # until helpers.joined: none joins the four products of a Falcon layer either. Then came the
     # parts of plan_memory, other models, rows of every shape, a bar for each shard, the time left.
-    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1850
-    assert len([path for path in HELPERS if path.stem != "__init__"]) <= 12
+    # helpers.memory took the plan in, and the sentence for a GPU that was too small all the same.
+    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1905
+    assert len([path for path in HELPERS if path.stem != "__init__"]) <= 13
 
 
 @helpers

@@ -221,6 +221,34 @@ def draw_decoding(axis: Any, path: Path) -> None:
     axis.set(xlabel="tokens a second, one prompt; lines from least to most")
 
 
+def draw_memory(axis: Any, path: Path) -> tuple[int, float]:
+    """Draw the memory plan over the measured peak, for the points that are scored.
+
+    Args:
+        axis: of a figure of this module.
+        path: the file of `benchmarks/memory.py`.
+
+    Returns:
+        How many points there are, and how far off the worst is, as a share.
+
+    Example:
+        >>> figure, axis = new_figure()
+        >>> n_points, worst = draw_memory(axis, Path("results/h100/memory.json"))
+        >>> n_points >= 24, worst <= 0.05
+        (True, True)
+    """
+    found = [p for p in json.loads(path.read_text())["points"] if not p["calibration"]]
+    for again, name in ((False, "activations kept"), (True, "computed again")):
+        points = [p for p in found if p["checkpointing"] is again]
+        peaks = [p["peak"] / 2**30 for p in points]
+        shares = [p["predicted"] / p["peak"] for p in points]
+        axis.plot(peaks, shares, "x" if again else "o", label=name)
+    axis.axhline(1, color=COLOURS[0], linewidth=0.8)
+    axis.set(xlabel="peak measured, GiB", ylabel="plan over measured", ylim=(0.9, 1.1))
+    axis.legend()
+    return len(found), max(abs(p["predicted"] / p["peak"] - 1) for p in found)
+
+
 def to_png(figure: Figure | Path | bytes) -> tuple[bytes, int, int]:
     """Turn a figure, or a picture, into a PNG of at most 150 kB on a white ground.
 

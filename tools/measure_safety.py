@@ -59,7 +59,7 @@ def rates(cases: Sequence[dict[str, str]], risk: str) -> dict[str, Any]:
 
 
 def milliseconds(cases: Sequence[dict[str, str]], rounds: int = 5) -> dict[str, float]:
-    """CPU time, in ms: median over all cases of the fastest of some rounds, and the slowest case."""
+    """CPU time in ms: median over all cases of the fastest of some rounds, and the slowest."""
     spent = []
     for case in cases:
         times = []

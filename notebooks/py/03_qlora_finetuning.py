@@ -11,8 +11,8 @@
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
-# | GPU memory, GiB | not measured yet | not measured yet | none |
-# | Minutes | not measured yet | not measured yet | about 1 |
+# | GPU memory, GiB | 13, predicted | 10, predicted | none |
+# | Minutes | 17, predicted | 39, predicted | about 1 |
 # | Steps | 320 | 150 | 60 |
 #
 # *The article* is A. Brahma's of 2023 (section 12). [One screen](../docs/recipe.md) has the recipe
@@ -174,39 +174,16 @@ show(figure, alt="To scale: the frozen weight W is a large square. Beside it, th
 # We see how little is trained: two thin lines beside a square. The article calls one adapter file
 # "249M" in one cell and "261M" in another: these are the MiB and the MB printed here.
 #
-# ## 3. Where the memory goes
-# Before anything is trained, we add up what a step needs. On a GPU the largest part decides
-# whether the run fits.
-
-# %%
-from helpers.profiles import GIB, plan_memory
-from transformers import FalconConfig
-
-is_falcon = model.config.model_type == "falcon"
-plan = plan_memory(profile, model.config if is_falcon else FalconConfig(), rank=rank)
-if not is_falcon:
-    print("The plan knows Falcon's shapes alone: what follows is Falcon-7B's.")
-for part, size in sorted(plan.items(), key=lambda item: -item[1]):
-    print(f"{part:12} {size / GIB:8.3f} GiB")
-print(f"{'together':12} {sum(plan.values()) / GIB:8.3f} GiB",
-      f"at {profile.batch_size} x {profile.max_length} tokens")
-
-# %% [markdown]
-# We see the largest part first: it is what to make smaller if a run does not fit. Weights are
-# fixed. Activations grow with batch and length. The optimizer keeps two numbers for each number
-# trained; *paged* means that these may move to host memory when the GPU is full. It is the
-# optimizer's state that is paged, never the weights.
-#
-# ## 4. What makes it fast, and the order of rows
-# On a GPU that computes in bf16 three mends make a step several times as fast. Rows are packed:
-# laid end to end with no padding, none seeing another. LoRA adds onto what the 4-bit product has
+# ## 3. What makes it fast
+# On a GPU three mends make a step several times as fast. Rows are packed: laid end to end with no
+# padding, none seeing another; that takes bf16. LoRA adds onto what the 4-bit product has
 # written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
 # pays for keeping activations, so no block is computed twice. A fourth, `FP8`, multiplies in
 # eight bits; as it rounds more coarsely, it is off unless you ask. Each was measured by taking it
 # away on an H100, rows of the article's lengths.
 
 # %%
-from tools.figures import draw_speed, new_figure, show
+from tools.figures import draw_memory, draw_speed
 
 figure, axis = new_figure(size=(8, 2.8))
 draw_speed(axis, root / "results/h100/training.json")
@@ -216,27 +193,62 @@ show(figure, alt="Bars of useful tokens a second. That of the original's recipe 
 # %% [markdown]
 # We see the original's recipe on top, ours below it, and then what is left without a mend, or
 # without two. [Why training is fast](../docs/speed.md) has the figures. Which of them can this
-# machine take?
+# machine take? Where compiling fails, a sentence says so and the run goes on without.
 
 # %%
-from tools.mends import choose_mends, undo_mends, use_mends, without_checkpointing
+from tools.mends import choose_mends, fit_memory, most_tokens, undo_mends, use_mends
 
 mends = choose_mends(profile, n_fused, PACKED, LEAN_LORA, COMPILE, FP8)
-profile = without_checkpointing(profile, mends)
-print(f"{mends}; checkpointing {profile.gradient_checkpointing}")
+print(mends)
 
 # %% [markdown]
-# We see which mends this run has; a CPU and a T4 have none. All rows of all steps are laid out
-# now, from the seed: shuffled anew for each pass and, inside each step, sorted by length, as page
-# 01 showed, or dealt into packs of like size.
+# We see which mends this run has; a CPU has none, a T4 has two.
+#
+# ## 4. Where the memory goes, and the order of rows
+# Before anything is trained, we add up what a step needs: so many vectors a token and layer wait
+# for the backward pass. A GPU gets the largest micro-batch of at most 16 rows whose plan fits, with
+# activations kept if that leaves it four rows, else computed again; a step keeps its rows.
+# `BATCH_SIZE` overrules the plan.
+
+# %%
+from helpers.memory import GIB, memory_table, plan_memory
+
+pairs = to_prompt_completion(parts["train"])
+texts = [p + c + tokenizer.eos_token for p, c in zip(pairs["prompt"], pairs["completion"])]
+lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+profile = fit_memory(profile, mends, model.config, lengths, rank, BATCH_SIZE is not None, seed=SEED)
+tokens = most_tokens(profile, mends, lengths, profile.batch_size, SEED)
+config = model.config if (is_falcon := model.config.model_type == "falcon") else FalconConfig()
+plan = plan_memory(profile, config, 1, tokens, rank, lean=mends.lean, compiled=mends.compiled)
+print(memory_table(plan), "" if is_falcon else "(it knows Falcon-7B alone)")
+print(f"{profile.batch_size} rows, at most {tokens:,} tokens; again: {profile.gradient_checkpointing}")
+
+# %% [markdown]
+# We see the largest part first: it is what to make smaller if a run does not fit; below, the
+# largest micro-batch, and whether activations are computed again. Weights are
+# fixed. Activations grow with batch and length. The optimizer keeps two numbers for each number
+# trained; *paged* means that these may move to host memory when the GPU is full, so the plan has
+# none of them; a run that goes on from a checkpoint has them back on the GPU. It is the
+# optimizer's state that is paged, never the weights. Is the plan true? It was put against
+# PyTorch's allocator on an H100, at points that it was not made from.
+
+# %%
+figure, axis = new_figure(size=(8, 2.6))
+n_points, worst = draw_memory(axis, root / "results/h100/memory.json")
+show(figure, alt="Points of a plan over what was measured, by gibibytes measured. All lie close to "
+     "the line at 1, most just below it.")
+print(f"{n_points} points; the worst is off by {worst:.1%}")
+
+# %% [markdown]
+# We see every point near 1. [What the plan counts](../docs/memory.md) has each of them, and what
+# lies outside the allocator. All rows of all steps are laid out now, from the seed: shuffled anew
+# for each pass and, inside each step, sorted by length, as page 01 showed, or dealt into packs of
+# like size.
 
 # %%
 import os
 from helpers.training import row_order
 
-pairs = to_prompt_completion(parts["train"])
-texts = [p + c + tokenizer.eos_token for p, c in zip(pairs["prompt"], pairs["completion"])]
-lengths = [len(ids) for ids in tokenizer(texts).input_ids]
 n_processes = int(os.environ.get("WORLD_SIZE", "1"))
 rows_per_step = profile.batch_size * profile.accumulation * n_processes
 order = row_order(lengths, rows_per_step, profile.max_steps, seed=SEED,
@@ -337,7 +349,8 @@ assert row["labels"][-1] == tokenizer.eos_token_id or len(row["labels"]) == args
 # ## 7. Train, or go on
 # A checkpoint counts only if its manifest does: sizes, checksums and the settings that it was
 # made with. A damaged one is set aside and the one before it is taken; if a setting was changed,
-# the page stops in a sentence rather than going on wrongly.
+# the page stops in a sentence rather than going on wrongly. If the GPU's memory runs out, a
+# sentence names the constant to make smaller.
 
 # %%
 from helpers.checkpoints import CheckpointManifest, last_valid_checkpoint, train_and_survive
@@ -356,7 +369,7 @@ print(f"a checkpoint must match {len(mark)} settings")
 # %%
 resume = last_valid_checkpoint(**where_to_look) if RESUME else None
 print("going on from", Path(resume).name) if resume else print("a fresh start")
-finished = train_and_survive(trainer, resume)
+finished = train_and_survive(trainer, resume, plan)
 print("finished" if finished else "stopped; run this cell again to go on")
 leave_if_stopped(finished)
 
@@ -488,27 +501,21 @@ print(*hand_over(folder, DRIVE, HUB_REPO), sep="\n")
 # `DRIVE`, then on the Hub, and stop in a sentence if an adapter does not fit their model.
 #
 # ## 9. What it cost
-# The plan of section 3 against what was used. On any machine we can compare bytes: those planned
-# for the adapters, and those of the file.
+# The plan of section 4 against what was used. On any machine we can compare bytes: those planned
+# for the adapters, and those of the file; and time. The peak of the memory is known on a GPU alone,
+# where the caching allocator tells it.
 
 # %%
 print(f"adapters: planned {4 * n_predicted:,} bytes, saved {files['adapter_model.safetensors']:,}")
-
-# %% [markdown]
-# We see the two agree up to a header of a few kB. Time we can measure anywhere too; the peak of
-# the memory is known on a GPU alone, where the caching allocator tells it.
-
-# %%
 if profile.on_gpu:
     peak = torch.cuda.max_memory_allocated() / GIB
     print(f"peak {peak:.2f} GiB allocated, planned {sum(plan.values()) / GIB:.2f} GiB")
 print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_seconds:.1f} rows/s")
 
 # %% [markdown]
-# We see what one step takes in seconds; times the number of steps, that is nearly all of this
-# page's time. On a GPU the plan counts padded rows and checkpointing, whatever section 4 chose: if
-# it meets the peak there, that is chance. What a step costs on Falcon-7B, measured on a card that
-# we could use, follows.
+# We see the bytes agree up to a header of a few kB, and what one step takes in seconds; times the
+# number of steps, that is nearly all of this page's time. What a step costs on Falcon-7B, measured
+# on a card that we could use, follows.
 
 # %% [markdown] tags=["results-table"]
 # Twenty steps of this page on a Falcon-7B of random weights and the true shape, A100 profile, the
