@@ -37,7 +37,8 @@ from transformers import FalconConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer, use_fused_attention
-from helpers.profiles import A100, T4, TINY, Profile, plan_memory
+from helpers.memory import plan_memory
+from helpers.profiles import A100, T4, TINY, Profile
 from helpers.training import adapters_to_fp32
 from tools.mends import Mends, undo_mends, use_mends
 from tools.results import provenance, this_command, write_result
@@ -357,6 +358,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.score:
         figures = score(json.loads(arguments.score.read_text()))
+        told = provenance("", this_command())
+        figures["predictions"] = {
+            "computed": "afterwards, from the recorded settings; measurements as they were",
+            **{key: told[key] for key in ("command", "date", "commit")},
+        }
         (arguments.out and Path(arguments.out) or arguments.score).write_text(
             json.dumps(figures, indent=2) + "\n"
         )

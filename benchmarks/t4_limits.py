@@ -5,9 +5,11 @@
 fp16 with adapters in 32 bits and a gradient scaler, the allocator capped at 14.5 GiB, flash
 attention off and the memory-efficient kernel on. The original's recipe (`benchmarks/seed.py`, in
 fp16, its adapters in 32 bits, which it needs to start at all) and ours train in turns: original,
-ours, original, ours, each on a base loaded anew, 64 rows a step. Then ours alone with other
-settings. Ours takes the first steps of the profile's 150. The rows and their lengths are real, the
-speed is this GPU's: only the ratio, the peaks and the loss scale say something of a T4.
+ours at either length, each on a base loaded anew, 64 rows a step, ours with the micro-batch that
+`fit_memory` chooses from the plan under the cap. Then ours with other settings, most telling first,
+and the original once more. Ours takes the first steps of the profile's 150. The rows and their
+lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
+something of a T4.
 The file is written anew after each part. Writes results/<gpu>/t4_limits.json; --out names another.
 On a CPU, `--cpu-rehearsal` goes through it in fp32, with neither cap nor compilation.
 """
@@ -36,25 +38,26 @@ from benchmarks.seed import load_seed_base, seed_trainer
 from benchmarks.training import Meter, peak_gib, summary
 from helpers.dialogues import load_dialogues, to_prompt_completion
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
+from helpers.memory import plan_memory
 from helpers.profiles import GIB, T4, TINY, Profile
 from helpers.training import row_order
-from tools.mends import Mends, use_mends
+from tools.mends import CONTEXT, Mends, fit_memory, most_tokens, use_mends
 from tools.results import provenance, this_command, write_result
 
 LABEL = "a T4's limits on an H100, not a T4"
 CAP_GIB = 14.5
 FAST, LEAN, PLAIN = Mends(lean=True, compiled=True), Mends(lean=True), Mends()
-# name: mends, length, rows of a micro-batch, checkpointing, steps
-OURS: dict[str, tuple[Mends, int, int, bool, int]] = {
-    "ours, 512 tokens": (FAST, 512, 4, False, 21),
-    "ours, 512 tokens, again": (FAST, 512, 4, False, 6),
-    "ours, 256 tokens": (FAST, 256, 4, False, 21),
-    "no mend": (PLAIN, 512, 4, True, 5),
-    "lean LoRA": (LEAN, 512, 4, True, 5),
-    "lean LoRA, nothing checkpointed": (LEAN, 512, 4, False, 5),
-    "both mends, checkpointed": (FAST, 512, 4, True, 5),
+# name: mends, length, rows of a micro-batch, checkpointing, steps; None: what the plan chooses
+OURS: dict[str, tuple[Mends, int, int | None, bool, int]] = {
+    "ours, 512 tokens": (FAST, 512, None, False, 6),
+    "ours, 256 tokens": (FAST, 256, None, False, 6),
     "both mends, 8 rows": (FAST, 512, 8, False, 5),
     "both mends, 8 rows, checkpointed": (FAST, 512, 8, True, 5),
+    "both mends, 256 tokens, 16 rows": (FAST, 256, 16, False, 5),
+    "lean LoRA, 8 rows, checkpointed": (LEAN, 512, 8, True, 4),
+    "lean LoRA, 16 rows, checkpointed": (LEAN, 512, 16, True, 4),
+    "no mend": (PLAIN, 512, 8, True, 4),
+    "ours, 512 tokens, again": (FAST, 512, None, False, 21),
 }
 SEED_ROWS = (16, 8, 4)  # what the original's recipe tries under the cap, its own batch first
 
@@ -78,6 +81,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         base = TINY if arguments.cpu_rehearsal else T4
         self.profile: Profile = replace(base, model=arguments.model or base.model)
+        self.chosen: dict[str, Any] = {}
         self.small, self.folder = arguments.cpu_rehearsal, tempfile.mkdtemp()
         pairs = to_prompt_completion(load_dialogues(arguments.data or base.dataset)[0])
         self.texts = [p + c for p, c in zip(pairs["prompt"], pairs["completion"], strict=True)]
@@ -91,6 +95,17 @@ class Bench:
         return {"per_device_train_batch_size": batch,
                 "gradient_accumulation_steps": self.rows // batch}  # fmt: skip
 
+    def at(self, length: int) -> Profile:
+        """The profile at this length, its largest micro-batch dividing the rows of a step."""
+        return replace(self.profile, max_length=length, max_steps=30, batch_size=1,
+                       accumulation=self.rows)  # fmt: skip
+
+    def planned(self, mends: Mends, length: int, config: Any) -> tuple[int, bool]:
+        """Rows of a micro-batch and checkpointing, as the plan chooses them under the cap."""
+        fitted = fit_memory(self.at(length), mends, config, self.lengths,
+                            memory=int(CAP_GIB * GIB + CONTEXT))  # fmt: skip
+        return (fitted.batch_size if fitted.on_gpu else 8), fitted.gradient_checkpointing
+
     def seed(self, length: int, batch: int) -> SFTTrainer:
         """The original's trainer in fp16 on a base of its own."""
         set_seed(0)
@@ -99,11 +114,19 @@ class Bench:
             self.folder, 150, max_length=length, fp16=not self.small, **self.shape(batch),
         )  # fmt: skip
 
-    def ours(self, mends: Mends, length: int, batch: int, again: bool) -> SFTTrainer:
+    def ours(self, mends: Mends, length: int, batch: int | None, again: bool) -> SFTTrainer:
         """Notebook 03's trainer on a base of its own."""
+        self.chosen = {}
         set_seed(0)
         base = load_falcon(self.profile.model, self.profile)
         use_fused_attention(base)
+        if batch is None:
+            batch, again = self.planned(mends, length, base.config)
+        tokens = most_tokens(self.at(length), mends, self.lengths, batch)
+        plan = plan_memory(self.profile, base.config, 1, tokens, 32, again, mends.lean,
+                           mends.compiled)  # fmt: skip
+        self.chosen = {"rows": batch, "checkpointing": again, "most_tokens": tokens,
+                       "planned_gib": sum(plan.values()) / GIB}  # fmt: skip
         cut = [min(n, length) for n in self.lengths]
         order = row_order(cut, self.rows, 30, seed=0)
         trainer = seed_trainer(
@@ -227,16 +250,15 @@ def main() -> None:
         figures["rehearsal"] = True
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     fits, fits_short = list(SEED_ROWS), list(SEED_ROWS)
-    todo = {name: lambda p=part: attempt(lambda: bench.ours(*p[:4]), p[4], True)
+    todo = {name: lambda p=part: attempt(lambda: bench.ours(*p[:4]), p[4], True) | bench.chosen
             for name, part in OURS.items()}  # fmt: skip
     turns = {
-        "seed, 512 tokens": lambda: the_seed(bench, 512, 4, fits),
+        "seed, 512 tokens": lambda: the_seed(bench, 512, 3, fits),
         "ours, 512 tokens": todo.pop("ours, 512 tokens"),
-        "seed, 512 tokens, again": lambda: the_seed(bench, 512, 4, fits),
-        "ours, 512 tokens, again": todo.pop("ours, 512 tokens, again"),
+        "seed, 256 tokens": lambda: the_seed(bench, 256, 3, fits_short),
         "ours, 256 tokens": todo.pop("ours, 256 tokens"),
-        "seed, 256 tokens": lambda: the_seed(bench, 256, 4, fits_short),
     }
+    todo |= {"seed, 512 tokens, again": lambda: the_seed(bench, 512, 3, fits)}
     for name, part in (turns | todo).items():
         late = time.perf_counter() - began > arguments.seconds
         found = {"error": "not measured: out of time"} if late else part()

@@ -1,6 +1,7 @@
 """A long run that survives: checkpoints that prove themselves, and the adapter's way onwards."""
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -10,11 +11,13 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, load_peft_weights
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from helpers.memory import give_back, out_of_memory
 from helpers.profiles import check_disk
 
 MANIFEST, LOCK, HERE, PEFT = "manifest.json", "run.lock", "mirror.here", "adapter_config.json"
@@ -283,18 +286,24 @@ class CheckpointManifest(TrainerCallback):
         self.say("Stopping after this step, with a checkpoint; press Stop again to stop at once.")
 
 
-def train_and_survive(trainer: Trainer, resume: str | None = None) -> bool:
+def train_and_survive(
+    trainer: Trainer, resume: str | None = None, plan: dict[str, float] | None = None
+) -> bool:
     """Train; the Stop button ends the run after the step in hand, with a checkpoint.
 
     Pressed a second time it ends at once, and the last checkpoint stays. Either way the notebook
-    stays usable, and running the cell again goes on from the last valid checkpoint.
+    stays usable, and running the cell again goes on from the last valid checkpoint. If the GPU's
+    memory runs out, a sentence says which constant to make smaller, and what the step held is
+    given back; so is, before training starts, what an earlier trainer held.
 
     Args:
         trainer: with a `CheckpointManifest` among its callbacks.
         resume: what `last_valid_checkpoint` gave.
+        plan: what `plan_memory` gave, for that sentence.
 
     Returns:
-        True if training came to its own end, early stopping included; False if it was stopped.
+        True if training came to its own end, early stopping included; False if it was stopped, or
+        out of memory.
 
     Example:
         >>> from types import SimpleNamespace as Some
@@ -304,14 +313,20 @@ def train_and_survive(trainer: Trainer, resume: str | None = None) -> bool:
         True
     """
     keeper = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "press_stop"))
-    keeper.presses, before = 0, signal.signal(signal.SIGINT, keeper.press_stop)
+    keeper.presses, before, fits = 0, signal.signal(signal.SIGINT, keeper.press_stop), True
+    gc.collect()
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except torch.OutOfMemoryError as error:
+        fits = False
+        keeper.say(out_of_memory(plan, trainer.args))
+        keeper.on_train_end(trainer.args, trainer.state, trainer.control)
+        give_back(trainer, error)
     except KeyboardInterrupt:
         keeper.say("Stopped at once. Run this cell again to go on from the last checkpoint.")
     finally:
         signal.signal(signal.SIGINT, before)
-    return not keeper.presses
+    return fits and not keeper.presses
 
 
 def find_adapter(

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -154,100 +153,6 @@ def detect_profile(name: str = "auto", model: str | None = None) -> Profile:
             "set PROFILE = 't4', which computes in fp16"
         )
     return replace(PROFILES[name], device=f"cuda:{rank}", model=model or PROFILES[name].model)
-
-
-# What one decoder layer keeps of a token until its backward pass, by (lean, compiled): how many
-# vectors of the hidden size and of the feed-forward size in 16 bits, in 32 bits (which autocast
-# makes), in 8 bits (dropout's masks), and of both key and value. Counted from the saved tensors.
-KEPT = {  # h16, ffn16, h32, ffn32, h8, ffn8, kv16, kv32
-    (True, False): (7, 2, 0, 0, 3, 1, 1.5, 0),
-    (True, True): (5, 1, 0, 0, 0, 0, 1.5, 0),
-    (False, False): (7, 1, 1, 1, 3, 1, 0, 0),
-    (False, True): (3, 2, 2, 0, 3, 1, 0, 1.5),
-}
-# What a layer needs for a moment above that, in hidden vectors of 16 bits a token: at its worst
-# with kept activations, at its worst when it is computed again, and beside an unpacked weight.
-MOMENT = {
-    (True, False): (24, 45.6, 6),
-    (True, True): (10, 19, 10),
-    (False, False): (21, 47.6, 8),
-    (False, True): (16, 36, 10),
-}
-VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # of TRL's loss, which never makes all logits at once
-CUBLAS = 32 * 2**20  # what matrix products ask the allocator for, once
-PAGED_FROM = 100_000  # numbers; bitsandbytes leaves the state of smaller tensors in the allocator
-
-
-def plan_memory(
-    profile: Profile,
-    config: PreTrainedConfig,
-    batch_size: int | None = None,
-    length: int | None = None,
-    rank: int = 32,
-    checkpointing: bool | None = None,
-    lean: bool = False,
-    compiled: bool = False,
-    packed: bool = False,
-) -> dict[str, float]:
-    """Predict the peak of a QLoRA step's memory by part, before anything is loaded.
-
-    It counts what PyTorch's allocator gives out, and nothing else: not the CUDA context, not what
-    the allocator holds in reserve, and not the paged optimizer's state, two numbers for each one
-    trained, which lies in memory that CUDA moves between host and GPU. With activations kept,
-    every layer's saved tensors wait for the backward pass; with checkpointing only its input does,
-    and one layer at a time is computed again.
-
-    Args:
-        profile: gives dtype, batch size, length and checkpointing where they are not given.
-        config: a `FalconConfig` (multi-query).
-        batch_size, length: rows and tokens of one micro-batch, padding included.
-        rank: of the adapters, on all four linears of every layer.
-        checkpointing: True computes activations again in the backward pass.
-        lean, compiled: the mends of `helpers.speed`; without lean LoRA autocast is on.
-        packed: counts the same; attention saves as much either way.
-
-    Returns:
-        Bytes by part: weights, embedding, adapters, gradients, optimizer, activations, logits,
-        workspace (what a layer needs for a moment, as far as the logits' room does not hold it).
-        Their sum is the peak.
-
-    Source:
-        Dettmers et al. (2023), QLoRA, section 3 for the 4.127 bits: https://arxiv.org/abs/2305.14314
-
-    Example:
-        >>> from transformers import FalconConfig
-        >>> plan = plan_memory(A100, FalconConfig())    # Falcon-7B
-        >>> round(plan["weights"] / GIB, 2), round(plan["adapters"] / 4)
-        (3.18, 65273856)
-    """
-    h, ffn, kv = config.hidden_size, config.ffn_hidden_size, config.head_dim * 2
-    shapes = ((h, h + kv), (h, h), (h, ffn), (ffn, h))
-    layers, size = config.num_hidden_layers, profile.compute_dtype.itemsize
-    tokens = (batch_size or profile.batch_size) * (length or profile.max_length)
-    again = profile.gradient_checkpointing if checkpointing is None else checkpointing
-    numbers = rank * sum(a + b for a, b in shapes)
-    sides = [rank * side for shape in shapes for side in shape]
-    unpaged = [n for n in sides if "paged" not in profile.optim or n < PAGED_FROM]
-    h16, ffn16, h32, ffn32, h8, ffn8, kv16, kv32 = KEPT[lean, compiled]
-    token = size * (h16 * h + ffn16 * ffn + kv16 * kv + 4 * rank) + h8 * h + ffn8 * ffn
-    token += 4 * (h32 * h + ffn32 * ffn + kv32 * kv + config.num_attention_heads + 2)
-    layer = tokens * token + numbers * size  # the adapters, cast to 16 bits, are kept as well
-    hidden = tokens * h * size
-    kept, redone, beside = (n * hidden for n in MOMENT[lean, compiled])
-    weight, stream = h * ffn * size, 1 if lean else 4 / size  # autocast's residuals have 32 bits
-    moment = max(redone if again else kept, layer * again + beside + weight)
-    logits = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK) * size
-    logits += hidden * (3 * stream + 4 / size)
-    return {
-        "weights": layers * sum(a * b for a, b in shapes) * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
-        "embedding": (config.vocab_size * h + (2 * layers + 2) * h) * size,
-        "adapters": 4 * layers * numbers,
-        "gradients": 4 * layers * numbers,
-        "optimizer": 8 * layers * sum(unpaged),
-        "activations": layers * (hidden * stream if again else layer),
-        "logits": logits,
-        "workspace": max(moment - logits, 0) + CUBLAS * profile.on_gpu,
-    }
 
 
 def _installed(package: str) -> str:

@@ -1,11 +1,27 @@
-"""benchmarks/memory.py: the allocator's record replayed, and recorded points predicted again."""
+"""The memory plan: against recorded points, to the byte where bytes are known, and put to use."""
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from transformers import FalconConfig
+from trl import SFTConfig, SFTTrainer
 
-from benchmarks.memory import GRID, live_at_peak, score
+from benchmarks.memory import BEST, FAST, GRID, LEAN, live_at_peak, rows, score
+from helpers.checkpoints import CheckpointManifest, train_and_survive
+from helpers.falcon import LINEARS, load_falcon, load_tokenizer
+from helpers.memory import plan_memory
+from helpers.profiles import A100, GIB, T4, TINY
+from helpers.training import adapters_to_fp32
+from tools import mends
+from tools.mends import Mends, choose_mends, fit_memory, most_tokens
 
 RECORDED = Path(__file__).resolve().parent.parent / "results/h100/memory.json"
 
@@ -42,3 +58,137 @@ def test_todays_plan_meets_every_recorded_point() -> None:
     faults = [point["error"] for point in figures["points"] if "error" in point]
     assert figures["scored"] >= 24 and not faults
     assert figures["worst_error"] <= 0.05
+
+
+# --- what a plan says -------------------------------------------------------------------------
+
+
+def test_the_plan_of_weights_and_adapters_is_the_tiny_models_to_the_byte() -> None:
+    """The other road: what bitsandbytes and peft have stored."""
+    model = load_falcon(TINY.model, TINY)
+    plan = plan_memory(TINY, model.config, rank=4)
+    states = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
+    parts = [(w.data, w.quant_state.absmax, w.quant_state.state2.absmax) for w in states]
+    stored = sum(t.nbytes for part in parts for t in part)
+    blocks = sum(w.quant_state.absmax.numel() for w in states)
+    rounded = sum(-(-w.quant_state.absmax.numel() // 256) * 4 for w in states) - blocks / 64
+    assert plan["weights"] + rounded == stored, "scales of scales are rounded up, layer by layer"
+    lora = LoraConfig(r=4, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, lora)
+    numbers = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert plan["adapters"] == plan["gradients"] == 4 * numbers
+    assert plan["optimizer"] == 8 * numbers, "AdamW on a CPU pages nothing"
+
+
+def test_a_resumed_optimizer_is_no_longer_paged() -> None:
+    resume = json.loads((RECORDED.parent / "resume.json").read_text())
+    found = json.dumps(resume)
+    assert '"paged_states": 512' in found and '"paged_states": 0' in found
+    fresh, later = (plan_memory(A100, FalconConfig(), resumed=r) for r in (False, True))
+    assert fresh["optimizer"] == 0 and later["optimizer"] == 2 * later["adapters"]
+    assert {k: v for k, v in fresh.items() if k != "optimizer"} == {
+        k: v for k, v in later.items() if k != "optimizer"
+    }
+
+
+@pytest.mark.parametrize(
+    ("profile", "mends", "longest", "gib", "expected"),
+    [
+        (T4, FAST, 512, 14.75, (4, 16, False)),
+        (T4, FAST, 256, 14.75, (8, 8, False)),
+        (T4, LEAN, 512, 14.75, (16, 4, True)),
+        (T4, FAST, 512, 8, (1, 64, True)),
+        (A100, BEST, 512, 39.4, (16, 4, False)),
+        (A100, BEST, 512, 79.2, (16, 4, False)),
+        (A100, BEST, 512, 15, (8, 8, False)),
+    ],
+)
+def test_micro_batch_and_checkpointing_come_from_the_plan(
+    profile, mends, longest, gib, expected
+) -> None:
+    lengths = [longest, *range(48, longest)]
+    fitted = fit_memory(profile, mends, FalconConfig(), lengths, memory=int(gib * GIB))
+    found = fitted.batch_size, fitted.accumulation, fitted.gradient_checkpointing
+    assert found == expected and found[0] * found[1] == 64
+
+
+def test_what_somebody_has_set_and_what_is_not_planned_stays() -> None:
+    own = replace(A100, batch_size=2, accumulation=32)
+    fitted = fit_memory(own, BEST, FalconConfig(), [300] * 9, fixed=True, memory=40 * GIB)
+    assert fitted == replace(own, gradient_checkpointing=False)
+    assert fit_memory(TINY, LEAN, FalconConfig(), [300] * 9) is TINY
+    other = SimpleNamespace(model_type="llama")
+    assert fit_memory(T4, LEAN, other, [300] * 9) is T4
+
+
+def test_the_largest_micro_batch_is_that_of_the_run() -> None:
+    lengths = [60] * 63 + [100]
+    padded = most_tokens(T4, LEAN, lengths, 8)
+    assert padded == 800
+    assert most_tokens(A100, BEST, lengths, 8) == 7 * 60 + 100
+
+
+# --- out of memory all the same ---------------------------------------------------------------
+
+
+def tiny_trainer(folder: Path, batch: int) -> SFTTrainer:
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=batch, max_length=64,
+        gradient_accumulation_steps=8 // batch, use_cpu=True, bf16=False, report_to="none",
+        disable_tqdm=True, save_strategy="no", optim="adamw_torch", logging_steps=1,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=load_falcon(TINY.model, TINY), args=args, train_dataset=rows(8, 16, 6000, 1),
+        processing_class=load_tokenizer(TINY.model), peft_config=lora,
+        callbacks=[CheckpointManifest(mark={}, say=SAID.append)],
+    )  # fmt: skip
+    adapters_to_fp32(trainer)
+    return trainer
+
+
+SAID: list[str] = []
+
+
+def break_in_the_backward(monkeypatch) -> list:
+    """Memory ends when the graph is whole; weak references to what the step holds then."""
+    held: list = []
+
+    def backward(self, loss: torch.Tensor, **kwargs) -> None:
+        activations = loss * torch.ones(1000)
+        held.extend([weakref.ref(activations), weakref.ref(loss)])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.11 GiB.")
+
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    return held
+
+
+def test_out_of_memory_is_one_sentence_and_the_page_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """A micro-batch of 8 rows breaks in its forward; then BATCH_SIZE = 4, on one runtime."""
+    SAID.clear()
+    plan = {"weights": 1.0 * GIB, "activations": 7.0 * GIB}
+    trainer, held = tiny_trainer(tmp_path, 8), break_in_the_backward(monkeypatch)
+    assert train_and_survive(trainer, plan=plan) is False
+    assert SAID == [
+        "Out of GPU memory; the plan's largest part is activations, 7.0 of 8.0 GiB: "
+        "set BATCH_SIZE = 4 and run the page again from that cell."
+    ]
+    assert held and not any(ref() is not None for ref in held), "the step is still held"
+    assert trainer.optimizer is None and trainer.callback_handler.optimizer is None
+    old = [weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.model.base_model)]
+    old += [weakref.ref(p) for p in trainer.model.parameters()]
+    monkeypatch.undo()
+
+    trainer = tiny_trainer(tmp_path, 4)  # the cells again, with the smaller constant
+    assert train_and_survive(trainer, plan=plan) is True
+    assert trainer.state.global_step == 2
+    assert not [ref for ref in old if ref() is not None], "the old trainer is still held"
+
+
+def test_where_compiling_fails_the_run_goes_on_uncompiled(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mends, "compiling_fault", lambda device: "TritonMissing")
+    assert choose_mends(T4, 32) == Mends(lean=True)
+    assert "Compiling does not work here (TritonMissing)" in capsys.readouterr().out
+    monkeypatch.setattr(mends, "compiling_fault", lambda device: "")
+    assert choose_mends(T4, 32) == Mends(lean=True, compiled=True)
+    assert capsys.readouterr().out == ""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tools.predict_needs import needs as needs_now
 from tools.series import TITLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def test_the_order_is_that_of_a_stranger() -> None:
 
 def test_it_names_the_commands_and_pages() -> None:
     wanted = ("make demo", "make test", "make chat", "make run", "make drift", "make colab")
-    pages = ("recipe.md", "speed.md", "many-gpus.md", "leaving.md", "upstream/README.md")
+    pages = ("recipe.md", "speed.md", "memory.md", "many-gpus.md", "leaving.md", "upstream/README.md")
     missing = [w for w in (*wanted, *(f"](docs/{page})" for page in pages)) if w not in README]
     assert not missing
 
@@ -88,3 +89,16 @@ def test_needs_tables_agree_with_the_run(slug: str) -> None:
     assert row
     holds = {"under 1": seconds < 60, "about 1": 30 <= seconds < 90, "about 2": 90 <= seconds < 150}
     assert holds[row[1]], f"{slug} took {seconds} s"
+
+
+def test_page_03_and_the_readme_say_what_is_predicted_of_cards_we_had_not() -> None:
+    needs = results("predicted/needs")
+    assert needs_now() == {name: needs[name] for name in ("a100", "t4", "cpu")}
+    both = [needs["a100"], needs["t4"]]
+    twin = (ROOT / "notebooks/py/03_qlora_finetuning.py").read_text()
+    for row, key in (("GPU memory, GiB", "gpu_gib"), ("Minutes", "minutes")):
+        figures = " | ".join(f"{need[key]:.0f}, predicted" for need in both)
+        assert f"# | {row} | {figures} |" in twin, row
+    assert "column: T4 (15 GiB) = results/predicted/needs.json#t4.{}" in README
+    assert results("h100/memory")["worst_error"] <= 0.05, "the sentence under Limits"
+    assert "within 5 % of an H100's allocator" in README

@@ -1,17 +1,26 @@
 """Which of helpers.speed's mends a run of notebook 03 takes, and switching them on and off."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from accelerate.utils import AutocastKwargs
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from helpers.joined import full_scales
+from helpers.memory import plan_memory
 from helpers.profiles import GIB, Profile
 from helpers.speed import compile_blocks, use_float8, use_lean_lora, use_packed_rows
+from helpers.training import row_order
 from tools.many_gpus import is_sharded
+
+CONTEXT = 0.7 * GIB  # what a process takes beside the allocator: measured, results/h100/memory.json
+RESERVE = 1.1  # what the allocator held over what was in use; same file, once as much as 1.16
+MOST_ROWS = 16  # of a micro-batch: more was never timed
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,9 @@ def choose_mends(
 ) -> Mends:  # fmt: skip
     """Take what the machine allows, or what was asked for.
 
-    By default a bf16 GPU gets all but fp8, alone or beside others; a CPU, a T4 and a base in
-    pieces (FSDP) get none.
+    By default a bf16 GPU gets all but fp8, alone or beside others; an fp16 one gets no packed rows
+    either, which its attention has no kernel for; a CPU and a base in pieces (FSDP) get none.
+    Where compiling fails, the run goes on uncompiled, and a line says so.
 
     Args:
         profile: the run's.
@@ -47,9 +57,13 @@ def choose_mends(
         Mends(packed=False, lean=False, compiled=False, float8=False)
     """
     newer = profile.on_gpu and profile.compute_dtype is torch.bfloat16
-    default = newer and n_fused > 0 and not is_sharded()
-    asked = (default if want is None else want for want in (packed, lean, compiled))
+    default = profile.on_gpu and n_fused > 0 and not is_sharded()
+    wanted = ((packed, default and newer), (lean, default), (compiled, default))
+    asked = (ours if own is None else own for own, ours in wanted)
     mends = Mends(*asked, float8=bool(float8))
+    if mends.compiled and (fault := compiling_fault(profile.device)):
+        print(f"Compiling does not work here ({fault}): the run goes on uncompiled, more slowly.")
+        mends = replace(mends, compiled=False)
     if mends.packed and not (newer and n_fused):
         raise ValueError(
             "PACKED = True needs a GPU of capability 8.0 and FUSED_ATTENTION: set PACKED = None"
@@ -61,24 +75,91 @@ def choose_mends(
     return mends
 
 
-def without_checkpointing(profile: Profile, mends: Mends, memory: int = 0) -> Profile:
-    """Keep activations where they fit: packed and compiled, on a GPU of 24 GiB or more.
+def compiling_fault(device: str) -> str:
+    """Compile three operations, forward and backward; say what went wrong, or nothing.
+
+    It fails where Triton has no kernels for the GPU, or no C compiler is installed.
+
+    Example:
+        >>> compiling_fault("no device")
+        'RuntimeError'
+    """
+    try:
+        x = torch.ones(8, 8, device=device, requires_grad=True)
+        torch.compile(lambda x: torch.nn.functional.gelu(x * x).sum(), dynamic=True)(x).backward()
+    except Exception as error:  # each stage of the compiler has its own
+        return type(error).__name__
+    return ""
+
+
+def most_tokens(
+    profile: Profile, mends: Mends, lengths: Sequence[int], batch_size: int, seed: int = 0
+) -> int:
+    """The tokens of the largest micro-batch of a run, padding included.
 
     Args:
         profile, mends: the run's.
-        memory: of the GPU, in bytes; 0 asks it.
+        lengths: (n_rows,) tokens of each row to train on.
+        batch_size: rows of a micro-batch; divides the rows of a step.
+        seed: of the order of rows.
 
     Example:
-        >>> from helpers.profiles import A100
-        >>> both = Mends(packed=True, compiled=True)
-        >>> [without_checkpointing(A100, both, n * GIB).gradient_checkpointing for n in (15, 40)]
-        [True, False]
+        >>> from helpers.profiles import TINY    # 8 rows a step, at most 256 tokens each
+        >>> most_tokens(TINY, Mends(), [100] * 9 + [300], batch_size=2)
+        512
     """
-    if not (mends.packed and mends.compiled and profile.on_gpu):
+    cut = np.minimum(lengths, profile.max_length)
+    rows = profile.batch_size * profile.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    order = row_order(cut, rows, profile.max_steps, seed, packed=batch_size * mends.packed)
+    table = cut[order].reshape(-1, batch_size)
+    return int(table.sum(1).max() if mends.packed else table.max() * batch_size)
+
+
+def fit_memory(
+    profile: Profile, mends: Mends, config: PreTrainedConfig, lengths: Sequence[int],
+    rank: int = 32, fixed: bool = False, memory: int = 0, seed: int = 0,
+) -> Profile:  # fmt: skip
+    """Choose micro-batch and checkpointing for a GPU from the plan; a step keeps its rows.
+
+    Activations are kept if at least four rows fit that way: as many as fit, up to the article's
+    16. Else they are computed again, again with as many rows as fit. The plan counts the largest
+    micro-batch of the run, and an optimizer whose state came back from a checkpoint. `CONTEXT`
+    and `RESERVE` stand for what is not the allocator's, and for what it holds and does not use.
+
+    Args:
+        profile, mends: the run's.
+        config: of the model; other models than Falcon's are left as they are, as is a CPU.
+        lengths: (n_rows,) tokens of each row to train on.
+        rank: of the adapters.
+        fixed: leave the micro-batch, because somebody has set it; checkpointing is still chosen.
+        memory: of the GPU, in bytes; 0 asks it.
+        seed: of the order of rows.
+
+    Example:
+        >>> from helpers.profiles import T4
+        >>> from transformers import FalconConfig
+        >>> profile = fit_memory(T4, Mends(lean=True, compiled=True), FalconConfig(), [300] * 9,
+        ...                      memory=15 * GIB)
+        >>> profile.batch_size, profile.accumulation, profile.gradient_checkpointing
+        (8, 8, False)
+    """
+    if not profile.on_gpu or config.model_type != "falcon" or is_sharded():
         return profile
     memory = memory or torch.cuda.get_device_properties(profile.device).total_memory
-    again = profile.gradient_checkpointing and memory < 24 * GIB
-    return replace(profile, gradient_checkpointing=again)
+    rows = profile.batch_size * profile.accumulation
+    sizes = [n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0]
+    sizes = [profile.batch_size] if fixed else sizes
+    tries = [(n, False) for n in sizes if n >= 4 or fixed] + [(n, True) for n in sizes]
+    for batch, again in tries:
+        tokens = most_tokens(profile, mends, lengths, batch, seed)
+        plan = plan_memory(
+            profile, config, 1, tokens, rank, again, mends.lean, mends.compiled, resumed=True
+        )
+        if sum(plan.values()) * RESERVE + CONTEXT <= memory:
+            break
+    return replace(
+        profile, batch_size=batch, accumulation=rows // batch, gradient_checkpointing=again
+    )
 
 
 def use_mends(trainer: Trainer, mends: Mends) -> None:

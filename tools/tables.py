@@ -135,7 +135,9 @@ def render(spec: str, root: Path, up: str) -> str:
         sources.setdefault(origin, []).append(title)
     whole = len(sources) == 1 and len(columns) > 1 and MISSING not in sources
     said = [o if whole else f"{', '.join(titles)}: {o}" for o, titles in sources.items()]
-    return "\n".join([*lines, "", "Measured on " + "; ".join(said) + "."])
+    guess = any(m and m["file"].startswith("results/predicted/") for m in found)
+    word = "Where from: " if guess else "Measured on "
+    return "\n".join([*lines, "", word + "; ".join(said) + "."])
 
 
 def cell(spot: re.Match[str] | None, data: Any, key: str) -> str:

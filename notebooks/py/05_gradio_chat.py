@@ -137,9 +137,9 @@ print(reply(chat, "I do not want to be alive any more."))
 # and names lines with their numbers. Once flagged, a conversation stays so until it is cleared: a
 # "just kidding" after such a message is no reason to go on chatting.
 #
-# How often does it miss? The classifier was trained on messages written for it, and cross-validated
-# there. Three sets of messages that others wrote, each held out once, chose its threshold. A fourth,
-# half at risk and half harmless, was written by somebody who saw neither the rules nor that text,
+# How often does it miss? The classifier was trained on messages written for it; cross-validation
+# there chose its threshold. Earlier sets that others wrote were each held out once. The newest, half
+# at risk and half harmless, was written by somebody who saw neither the rules nor any of that text,
 # and scored when nothing was to change any more. Recall is the share of the messages at risk that
 # were caught, a false alarm a harmless one stopped.
 
@@ -156,10 +156,10 @@ for part, found in parts.items():
         print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see nearly all cries for help caught on the unseen messages, and a harmless one stopped far more
-# often than on the sets that chose the threshold: those had been read when more text was written,
-# and flatter. Cross-validation is harder, for there many a cry for help has a harmless twin of nearly
-# the same words; the truth for real people may be lower than all three. Where does it err?
+# We see more than nine in ten cries for help caught on the unseen messages, and about one harmless
+# message in twelve stopped, more than among the earlier sets: those had been read when more text was
+# written, and flatter. Cross-validation is harder, for there many a cry for help has a harmless twin
+# of nearly the same words; the truth for real people may be lower than all three. Where does it err?
 
 # %%
 for name in ("recall", "false_alarms"):
@@ -168,11 +168,11 @@ for name in ("recall", "false_alarms"):
 print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 
 # %% [markdown]
-# Self-harm is missed most often, and one message in direct words is missed; all other kinds are
-# caught, each on few messages. Stopped without need are most often a fear for one's life or another's
-# for a reason such as illness, then talk of fiction, and ordinary sorrow; questions for information,
-# for study and about therapy are not. The ids of what was missed lead to the words in
-# `tests/safety_cases.tsv`.
+# We see fear for somebody else missed most often, then self-harm and disguised words; direct words,
+# wishes not to exist, farewells and means are all caught, each on few messages. Stopped without need
+# are most often talk of fiction and of death by another cause, then a past that is over and ordinary
+# sorrow; idioms, questions for information and for study are not. The ids of what was missed lead to
+# the words in `tests/safety_cases.tsv`.
 #
 # > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from
 # > good enough for a public service, a net under a demonstration: this page must not be offered to
