@@ -25,6 +25,7 @@ from transformers import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteriaList,
@@ -36,6 +37,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from helpers.falcon import MultiQueryAttention
+from helpers.generation import compile_decoding, sampling
 
 LOOK_EVERY = 8  # tokens between two looks at whether all rows have ended
 KEPT = 6  # loops: each kind of batch, adapter on or off, has its own
@@ -279,6 +281,14 @@ class OwnLoop:
             loop.earliest.fill_(fewest)
             loop.ends.zero_().index_fill_(0, rule.eos_token_id.to(loop.ends.device), True)
         return loop
+
+
+def sampled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own_loop: bool
+) -> GenerationConfig:
+    """The article's sampling for a chat, written in our own loop if asked, with room for a talk."""
+    config = sampling(tokenizer)
+    return compile_decoding(model, config, OwnLoop(room=1024)) if own_loop else config
 
 
 def _tried(work: Callable[[], None]) -> str:

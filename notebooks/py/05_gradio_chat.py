@@ -82,7 +82,7 @@ from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from tools.any_model import lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
-model = lay_adapter(base, adapter)
+model, tokenizer = lay_adapter(base, adapter), load_tokenizer(profile.model, REVISION)
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
@@ -91,13 +91,10 @@ print(f"{use_fused_attention(base)} layers with fused attention, on {profile.dev
 
 # %%
 import torch
-from helpers.generation import Chat, compile_decoding, reply, sampling, stream_reply
-from tools.decode_loop import OwnLoop
+from helpers.generation import Chat, reply, stream_reply
+from tools.decode_loop import sampled
 
-seeded, tokenizer = torch.manual_seed(SEED), load_tokenizer(profile.model, REVISION)
-article = sampling(tokenizer)
-looped = compile_decoding(base, article, OwnLoop(room=1024)) if OWN_LOOP else article
-chat = Chat(model, tokenizer, looped)
+seeded, chat = torch.manual_seed(SEED), Chat(model, tokenizer, sampled(base, tokenizer, OWN_LOOP))
 print(reply(chat, "How can I sleep better?"))
 
 # %% [markdown]
