@@ -37,8 +37,7 @@ print(prepare(root))  # in Colab it installs the pins; everywhere it says what w
 # %% tags=["parameters"]
 PROFILE = "auto"  # "a100", "t4" or "cpu"; auto looks at the GPU
 MODEL, REVISION = None, None  # a Hub id or a folder; a commit or branch on the Hub
-ADAPTER = None  # None: artifacts/adapter, then DRIVE, the Hub, the embedded one
-DRIVE = None
+ADAPTER, DRIVE = None, None  # None: artifacts/adapter, then DRIVE, the Hub, the embedded one
 SERVE = False  # True keeps serving until you stop it; `make chat` sets it
 PORT = None  # on this machine alone; None takes a free one from 7860 on
 SHARE = False  # True asks Gradio for a public address, and wants a PASSWORD
