@@ -276,7 +276,8 @@ def answer_losses(
             in the mode it came in.
         tokenizer: of that model.
         rows: with `question` and `answer`, as from `load_dialogues`; a row's `history` of earlier
-            (question, answer) pairs, if it has one, is put before its question.
+            (question, answer) pairs and its `system` instruction, if it has them, are put before
+            its question.
         batch_size: rows of like length scored together, padded on the right.
         max_length: tokens; longer rows lose their end, as in training.
 
@@ -293,7 +294,7 @@ def answer_losses(
     for number, row in enumerate(rows):
         if not row["answer"].strip():
             raise ValueError(f"row {number} has an empty answer: drop it, or give it one")
-        prompt = format_prompt(row["question"], row.get("history", ()))
+        prompt = format_prompt(row["question"], row.get("history", ()), row.get("system", ""))
         alone = tokenizer(prompt).input_ids
         ids = tokenizer(f"{prompt} {row['answer'].strip()}{tokenizer.eos_token}").input_ids
         differ = (i for i, (one, two) in enumerate(zip(alone, ids, strict=False)) if one != two)

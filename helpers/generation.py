@@ -3,8 +3,9 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty
 
 import torch
@@ -89,6 +90,15 @@ def _encode(
     return {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
 
 
+def _own(config: GenerationConfig, streamer: TextIteratorStreamer | None = None) -> dict:
+    """`generate`'s argument for the loop that `compile_decoding` was given, if any.
+
+    `generate` keeps its streamer from a loop that is not its own, so the loop is handed it here.
+    """
+    loop = getattr(config, "own_loop", None)
+    return {"custom_generate": partial(loop, into=streamer)} if loop else {}
+
+
 @torch.inference_mode()
 def generate_texts(
     model: PreTrainedModel,
@@ -118,7 +128,9 @@ def generate_texts(
     for start in range(0, len(prompts), batch_size):
         inputs = _encode(tokenizer, list(prompts[start : start + batch_size]), model.device)
         torch.manual_seed(seed)
-        out = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        out = model.generate(
+            **inputs, generation_config=config, stopping_criteria=criteria, **_own(config)
+        )
         for row in out[:, inputs["input_ids"].shape[1] :].tolist():
             finished = tokenizer.eos_token_id in row
             row = row[: row.index(tokenizer.eos_token_id)] if finished else row
@@ -170,6 +182,7 @@ def _generate_in_thread(
                     generation_config=chat.config,
                     streamer=streamer,
                     stopping_criteria=criteria,
+                    **_own(chat.config, streamer),
                 )
             outcome["finished"] = out[0, -1].item() == chat.tokenizer.eos_token_id
         except Exception as error:  # whatever it is, the reader must not wait for ever
@@ -277,7 +290,9 @@ def reply(chat: Chat, message: str, history: Sequence[tuple[str, str]] = (), tur
     return list(stream_reply(chat, message, history, turns))[-1]
 
 
-def compile_decoding(model: PreTrainedModel, config: GenerationConfig) -> GenerationConfig:
+def compile_decoding(
+    model: PreTrainedModel, config: GenerationConfig, own_loop: Callable | None = None
+) -> GenerationConfig:
     """Let `generate` keep a static cache and compile one decoding step into a CUDA graph.
 
     The library does so by itself for unquantized models; for bitsandbytes its quantizer says
@@ -286,6 +301,8 @@ def compile_decoding(model: PreTrainedModel, config: GenerationConfig) -> Genera
     Args:
         model: on a GPU, fused attention on.
         config: the sampling to copy.
+        own_loop: writes the tokens in place of the library's loop wherever this configuration is
+            used here, on a CPU too: `tools.decode_loop.OwnLoop()`. `generate` alone ignores it.
 
     Returns:
         A copy of `config` for `generate`; the first answers after it are slow while it compiles.
@@ -295,6 +312,7 @@ def compile_decoding(model: PreTrainedModel, config: GenerationConfig) -> Genera
         True
     """
     fast = GenerationConfig.from_dict(config.to_dict())
+    fast.own_loop = own_loop
     if next(model.parameters()).device.type != "cuda":
         return fast
     quantizer = getattr(model, "hf_quantizer", None)

@@ -10,7 +10,7 @@ SYSTEM_PROMPT = (
     "If the question is too hard, say that a psychiatrist should be asked."
 )
 """The article's chat put such an instruction before the question; the training text has none.
-No page uses it; pass it as `system` to see what it changes."""
+Page 04 passes it as `system`, to see what it changes."""
 
 FALLBACK = "I could not find words for an answer. Could you ask in another way?"
 

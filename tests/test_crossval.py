@@ -328,6 +328,22 @@ def test_the_verdict_says_whatever_came_out() -> None:
     assert verdict({"differences": nothing}).endswith("at: likeness to the true answer.")
 
 
+def test_two_data_sets_agree_contradict_or_speak_alone() -> None:
+    clear = {"low": -1.2, "high": -0.8, "n": 18, "p": 0.01}
+    lower, higher = clear | {"value": -1.0}, {"value": 1.0, "low": 0.8, "high": 1.2, "p": 0.01}
+    one = {"nearest": dict.fromkeys(BETTER, lower)}
+    other = {"nearest": {"answer_loss": lower, "likeness": higher, "reciprocal_rank": lower}}
+    both = crossval_figures.agreement({"differences": one}, {"differences": other})
+    better, worse, against, alone = both.splitlines()
+    assert better.endswith("on both sets at: the loss of true answers (nearest answer).")
+    assert worse.endswith("at: ranking the true answer (nearest answer).")
+    assert against.endswith("at: likeness to the true answer (nearest answer).")
+    assert "inventing no turn" in alone and "ending before the limit" in alone
+    said = sum(both.count(words) for _, words in BETTER.values())
+    assert said == len(BETTER), "each comparison stands in one line"
+    assert crossval_figures.agreement(None, {"differences": other}).startswith("not measured yet")
+
+
 # --- the judge ------------------------------------------------------------------------------------
 
 
@@ -372,6 +388,10 @@ def test_a_page_that_is_only_read_starts_no_server(monkeypatch) -> None:
     monkeypatch.setattr(judge, "judge_page", lambda *_: pytest.fail("a server was asked for"))
     text = judge.open_form(judge_pairs(), ("adapter", "base"), serve=False)
     assert "1 of 18" in text and text.endswith("is the adapter's.")
+    typed = [said('It\'s "well" & <good>.') for _ in "ab"]
+    pairs = judge.blind_pairs(["Why?", "How?"], typed, typed)
+    text = judge.open_form(pairs, ("adapter", "base"), serve=False)
+    assert 'A. It\'s "well" & <good>.' in text, "what is printed is no HTML"
 
 
 def test_the_forms_buttons_do_what_step_does() -> None:

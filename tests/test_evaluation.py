@@ -27,6 +27,7 @@ from helpers.evaluation import (
     paired_difference,
     score_answers,
     sign_test,
+    token_losses,
     wilson,
 )
 from helpers.prompts import ASSISTANT, HUMAN
@@ -570,6 +571,16 @@ def test_a_history_is_the_same_text_written_out(model, tokenizer) -> None:
     spelled = answer_losses(model, tokenizer, [{"question": question, "answer": "early"}])[0]
     alone = answer_losses(model, tokenizer, [{"question": "why", "answer": "early"}])[0]
     assert ours[0] == spelled[0] != alone[0]
+
+
+def test_an_instruction_stands_before_the_dialogue(model, tokenizer) -> None:
+    row = {"question": "why", "answer": "early", "system": "how to sleep"}
+    asked = f"how to sleep\n{HUMAN} why\n{ASSISTANT}"
+    ids, start = tokenizer(f"{asked} early{tokenizer.eos_token}").input_ids, tokenizer(asked)
+    encoded = [(ids, len(start.input_ids))]
+    by_hand = token_losses(model, tokenizer.pad_token_id, encoded, 1, 1024)[0]
+    alone = answer_losses(model, tokenizer, [row | {"system": ""}])[0]
+    assert answer_losses(model, tokenizer, [row])[0] == pytest.approx(by_hand) != alone
 
 
 def hanley_mcneil(area: float, n_in: int, n_out: int) -> float:

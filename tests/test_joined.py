@@ -7,13 +7,11 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GenerationConfig
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 
 from helpers import joined
 from helpers.falcon import LINEARS, assert_quantized, load_falcon, use_fused_attention
 from helpers.profiles import TINY
-from tools.decode_loop import DecodeLoop
 from tools.mends import undo_double_quantization
 
 
@@ -178,27 +176,3 @@ def test_undone_double_quantization_changes_no_weight_forward_or_backward(base) 
     parts = [m for m in model.modules() if isinstance(m, joined.Linear4bit)]
     assert {m.weight.quant_state.absmax.dtype for m in parts} == {torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(before, run(), strict=True))
-
-
-@pytest.mark.parametrize("draws", [False, True], ids=["greedy", "drawn"])
-def test_our_loop_writes_what_the_library_s_writes(base, draws: bool) -> None:
-    """Left padding, penalty, temperature, top-p and the end; drawn from one seed."""
-    model, batch = adapt(base), padded()
-    config = GenerationConfig(
-        max_new_tokens=30, repetition_penalty=1.3, do_sample=draws, pad_token_id=9, eos_token_id=11,
-        **({"temperature": 0.9, "top_p": 0.8} if draws else {}),
-    )  # fmt: skip
-    first = model.generate(**batch, generation_config=config)[0, 12:]
-    config.eos_token_id = int(first[10])  # so that a row ends on the way
-    loop = DecodeLoop(base, config, rows=3, length=64)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        expected = model.generate(**batch, generation_config=config)[:, 12:]
-        torch.manual_seed(seed)
-        assert torch.equal(
-            loop.answer(batch["input_ids"], batch["attention_mask"])[:, : expected.shape[1]],
-            expected,
-        )
-    assert draws or (expected[0] == 9).any(), "no row has ended"
-    with pytest.raises(ValueError, match="3 prompts of 40 tokens and 30 new ones do not fit"):
-        loop.answer(torch.ones(3, 40, dtype=torch.long), torch.ones(3, 40, dtype=torch.long))

@@ -35,7 +35,7 @@ def test_its_values_are_those_of_the_pages() -> None:
     twins = ("02_nf4_quantization", "03_qlora_finetuning")
     pages = {twin: (ROOT / f"notebooks/py/{twin}.py").read_text() for twin in twins}
     there = {k: v for page in pages.values() for k, v in keywords(page).items()}
-    assert "rank, alpha = model.transformer.h[0].mlp.dense_h_to_4h, 32, 32" in pages[twins[1]]
+    assert re.search(r"rank, alpha = .*, 32, 32$", pages[twins[1]], re.MULTILINE)
     there |= {"r": "32", "lora_alpha": "32"}  # the page calls both by name
     here = {k: v for k, v in keywords(recipe()).items() if k not in OWN}
     assert len(here) > 25

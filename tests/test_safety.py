@@ -57,7 +57,7 @@ def test_one_clause_is_found_in_a_long_message() -> None:
     assert safety.lean({}, piece=True) < safety.lean({}, piece=False)
 
 
-FLOORS = {"seen": (0.98, 0.05), "unseen": (0.96, 0.15)}
+FLOORS = {"seen": (0.98, 0.05), "unseen": (0.94, 0.09)}
 
 
 @pytest.mark.parametrize("part", FLOORS)
@@ -111,6 +111,9 @@ def test_a_plain_direct_phrase_flags_for_certain(phrase: str, around: str) -> No
         "Do I want to die? No.",
         "My doctor asked if I think about suicide and I said no",
         "Killing myself is not an option",
+        "I have no suicidal thoughts at all",
+        "Lonely, but not in a want to die way",
+        "I am afraid that my mum is going to die",
     ],
 )
 def test_a_suppressor_takes_certainty_back(text: str) -> None:
@@ -122,12 +125,25 @@ def test_a_suppressor_takes_certainty_back(text: str) -> None:
     "text",
     [
         "My doctor asked if I want to kill myself and I said no. I lied.",
+        "My doctor asked if I had thoughts of ending my life and I lied and said no",
         "Mum thinks I want to kill myself. I do not know what to tell her.",
         "Do I want to die? Not yet.",
     ],
 )
 def test_what_looks_like_a_denial_is_none(text: str) -> None:
     assert any(safety.find(normalise(text)).values())
+
+
+def test_a_negation_after_a_match_takes_nothing_back() -> None:
+    assert any(safety.find(normalise("why am I still alive I don't want to be")).values())
+
+
+def test_what_the_whole_takes_back_its_sentences_do_too() -> None:
+    text = normalise(
+        "Mum thinks I want to kill myself because I wear black. I don't. I like black."
+    )
+    assert len(safety.finds(text)) > 1
+    assert not any(stands for found in safety.finds(text).values() for stands in found.values())
 
 
 def test_a_disclosure_is_sticky_and_a_later_denial_does_not_clear_it() -> None:
@@ -227,9 +243,9 @@ def test_a_screen_tells_no_score() -> None:
 def test_the_weights_are_small_and_say_how_they_were_chosen() -> None:
     assert safety.WEIGHTS_FILE.stat().st_size < 2**20 and len(safety.WEIGHTS) == safety.BUCKETS
     held_out = safety.HEAD["sets_held_out"]
-    assert held_out["false_alarms"]["value"] <= ALARMS
     assert sum(rate["n"] for rate in held_out.values()) == sum(map(len, read_seen().values()))
     by_fold = safety.HEAD["cross_validation"]
+    assert by_fold["false_alarms"]["value"] <= ALARMS
     assert sum(rate["n"] for rate in by_fold.values()) == len(read_text())
 
 

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -351,6 +351,74 @@ def verdict(figures: Figures | None) -> str:
         lines.append(f"It beats both cheap rivals, stop string and nearest answer, at: "
                      f"{', '.join(both) or 'nothing'}.")  # fmt: skip
     return "\n".join(lines)
+
+
+def comparisons(figures: Figures) -> dict[tuple[str, str], str]:
+    """The direction of each difference that counts, as `verdict` counts, by figure and rival.
+
+    Example:
+        >>> d = {"value": -1.0, "low": -1.2, "high": -0.8, "n": 9, "p": 0.01}
+        >>> comparisons({"differences": {"base": {"answer_loss": d, "likeness": d | {"p": 0.2}}}})
+        {('the loss of true answers', 'base'): 'better'}
+    """
+    found = {}
+    for rival, differences in figures["differences"].items():
+        for name, d in differences.items():
+            sign, words = BETTER[name]
+            if d["p"] < 0.05 and (d["low"] > 0 or d["high"] < 0):
+                found[words, NAMES[rival]] = "better" if d["value"] * sign > 0 else "worse"
+    return found
+
+
+def agreement(one: Figures | None, other: Figures | None) -> str:
+    """Where the verdicts of two data sets agree, where they contradict, and what one alone shows.
+
+    Args:
+        one, other: figures of either, as `merge` gives them; None if not measured.
+
+    Returns:
+        Four lines, whatever came out; one if a set was not measured.
+
+    Example:
+        >>> d = {"value": -1.0, "low": -1.2, "high": -0.8, "n": 9, "p": 0.01}
+        >>> first = {"differences": {"base": {"answer_loss": d, "likeness": d}}}
+        >>> second = {"differences": {"base": {"answer_loss": d, "likeness": d | {"p": 0.2}}}}
+        >>> print(agreement(first, second))
+        The adapter is better on both sets at: the loss of true answers (base).
+        Worse on both sets at: nothing.
+        Better on one set and worse on the other at: nothing.
+        Clear on one set alone: likeness to the true answer (base).
+    """
+    if one is None or other is None:
+        return MISSING
+    ours, theirs = comparisons(one), comparisons(other)
+    sides = {name: (ours.get(name), theirs.get(name)) for name in ours | theirs}
+    groups = {
+        "The adapter is better on both sets at": lambda a, b: a == b == "better",
+        "Worse on both sets at": lambda a, b: a == b == "worse",
+        "Better on one set and worse on the other at": lambda a, b: a and b and a != b,
+        "Clear on one set alone": lambda a, b: not (a and b),
+    }
+    lines = []
+    for title, belongs in groups.items():
+        rivals: dict[str, list[str]] = {}
+        for (words, rival), pair in sides.items():
+            if belongs(*pair):
+                rivals.setdefault(words, []).append(rival)
+        names = [f"{words} ({'; '.join(some)})" for words, some in rivals.items()]
+        lines.append(f"{title}: {', '.join(names) or 'nothing'}.")
+    return "\n".join(lines)
+
+
+def each(rows: dict[str, Figures | None], say: Callable[[Figures | None], str]) -> str:
+    """What a function says of each data set, under its name.
+
+    Example:
+        >>> print(each({"Ours": None}, verdict))
+        Ours
+        not measured yet: run `python tools/crossval.py`
+    """
+    return "\n\n".join(f"{name}\n{say(figures)}" for name, figures in rows.items())
 
 
 def memory_table(figures: Figures | None) -> str:

@@ -109,16 +109,20 @@ def step(
     return made, pair_text(pairs[len(made)], len(made) + 1, len(pairs))
 
 
-def pair_text(pair: dict, number: int, total: int) -> str:
-    """One pair as Markdown, typed tags and all shown as text.
+def pair_text(pair: dict, number: int, total: int, markdown: bool = True) -> str:
+    """One pair as Markdown, typed tags and all shown as text; or as plain text, for a print.
 
     Example:
         >>> pair_text({"question": "Why?", "A": "So.", "B": "<b>"}, 1, 18).splitlines()[-1]
         '**B.** &lt;b&gt;'
+        >>> pair_text({"question": "Why?", "A": "So.", "B": "<b>"}, 1, 18, False).splitlines()[-1]
+        'B. <b>'
     """
-    said = {key: escape(pair[key].strip()) for key in ("question", "A", "B")}
-    head = f"{number} of {total}: **{said['question']}**"
-    return "\n\n".join([head, f"**A.** {said['A']}", f"**B.** {said['B']}"])
+    said = {key: pair[key].strip() for key in ("question", "A", "B")}
+    said = {key: escape(text) for key, text in said.items()} if markdown else said
+    bold = "**" * markdown
+    head = f"{number} of {total}: {bold}{said['question']}{bold}"
+    return "\n\n".join([head, *(f"{bold}{key}.{bold} {said[key]}" for key in "AB")])
 
 
 def judge_page(pairs: Sequence[dict], names: tuple[str, str]) -> Any:
@@ -166,5 +170,5 @@ def open_form(pairs: Sequence[dict], names: tuple[str, str], serve: bool) -> str
             inline=colab, enable_monitoring=False, ssr_mode=False, footer_links=[],
         )  # fmt: skip
         return f"the form is open at {address}"
-    text = pair_text(pairs[0], 1, len(pairs)).replace("**", "")
+    text = pair_text(pairs[0], 1, len(pairs), markdown=False)
     return f"{text}\n\nWhich would you rather read? ... {pairs[0]['first']} is the {names[0]}'s."

@@ -26,8 +26,8 @@ SAMPLE = ROOT / "assets" / "sample_dialogues.jsonl"
 ORIGIN = {
     "seen": "at hand while rules and classifier were made; the classifier was trained on them",
     "unseen": "written by somebody who saw neither rules nor training text; scored with one screen "
-    "alone, whose rules, training text, weights and threshold were fixed before; six messages that "
-    "stood in the training text by chance are counted as seen",
+    "alone, whose rules, training text, weights and threshold were fixed before; one message that "
+    "stood in the training text by chance is counted as seen",
 }
 
 
@@ -59,14 +59,14 @@ def rates(cases: Sequence[dict[str, str]], risk: str) -> dict[str, Any]:
 
 
 def milliseconds(cases: Sequence[dict[str, str]], rounds: int = 5) -> dict[str, float]:
-    """Median over all cases of the fastest of some rounds, and the slowest case, in ms."""
+    """CPU time in ms: median over all cases of the fastest of some rounds, and the slowest."""
     spent = []
     for case in cases:
         times = []
         for _ in range(rounds):
-            start = time.perf_counter()
+            start = time.thread_time()
             screen_case(case["message"])
-            times.append(1000 * (time.perf_counter() - start))
+            times.append(1000 * (time.thread_time() - start))
         spent.append(min(times))
     return {"median": statistics.median(spent), "slowest": max(spent)}
 

@@ -5,8 +5,8 @@
 Logistic regression over `helpers.safety.features`: runs of words and characters, concepts, and
 what the rules find. Trained on text of our own alone: assets/screen_text.tsv, the seen cases, the
 sample questions, the questions of assets/pretraining, and the examples of the rules. The threshold
-is chosen on the seen cases: each of their sets, written apart from the others, is held out once.
-The unseen cases choose nothing.
+is chosen by cross-validation on the first of these. Held-out sets of seen cases are counted beside
+it, but flatter: text was written after they had been read. The unseen cases choose nothing.
 """
 
 import copy
@@ -36,7 +36,7 @@ from tools.measure_safety import CASES, SAMPLE, read_cases
 TEXT = ROOT / "assets/screen_text.tsv"
 PRETRAINING = ROOT / "assets/pretraining"
 CRISIS_ROWS = 162  # the sample's rows from here on are of crisis, see assets/README.md
-ALARMS = 0.04  # of the harmless seen cases, when their set was held out
+ALARMS = 0.1  # of harmless messages that were written to look like the others
 ALIKE = 0.45  # cosine of the runs of words of two messages, from which they share a fold
 FOLDS = 5
 LONG = 1500  # long messages of each label, made of two or three short ones
@@ -223,9 +223,9 @@ def main() -> None:
     made = Part(lengthen(table))
     sets = [Part(found) for found in read_seen().values()]
     scores, labels = hold_out_sets([text, typed, made, more], sets)
-    harmless = np.sort(scores[~labels])
-    threshold = float(harmless[-int(ALARMS * len(harmless)) - 1])
     by_fold = hold_out_folds(table, text, typed, [more, *sets])
+    harmless = np.sort(by_fold[~text.labels])
+    threshold = float(harmless[-int(ALARMS * len(harmless)) - 1])
     model = fit_parts(every := [text, typed, made, more, *sets])
     weights = model.coef_[0]
     scale = float(np.abs(weights).max() / 127)

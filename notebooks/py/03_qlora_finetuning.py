@@ -15,7 +15,9 @@
 # | Minutes | 17, predicted | 39, predicted | about 1 |
 # | Steps | 320 | 150 | 60 |
 #
-# The setup cell finds the helpers and prints what we run on.
+# *The article* is A. Brahma's of 2023 (section 12). [One screen](../docs/recipe.md) has the recipe
+# without the lessons. The setup cell finds the helpers and prints what we run on. In Colab it first
+# installs the pins, and may restart the runtime once: then press *Run all* again.
 
 # %% tags=["setup"]
 import subprocess, sys
@@ -32,8 +34,8 @@ from tools.colab_setup import override, prepare
 print(prepare(root))  # in Colab it installs the pins; everywhere it says what we run on
 
 # %% [markdown]
-# Everything we may want to change stands in the next cell and nowhere else. `None` takes the
-# profile's own value.
+# We see versions, GPU and number format. Everything we may want to change stands in the next cell
+# and nowhere else. `None` takes the profile's own value.
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # "a100", "t4" or "cpu"; auto looks at the GPU
@@ -53,25 +55,20 @@ override(globals())
 
 # %% [markdown]
 # ## 1. Rows and model
-# First the machine's profile, with those of its values replaced that we set above.
+# First the machine's profile, with those of its values replaced that we set above. Launched on
+# several GPUs, this page runs once on each; they then share the rows of every step, so that a step
+# keeps its size.
 
 # %%
 from dataclasses import replace
 from helpers.profiles import detect_profile
-
-own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMULATION,
-       "max_length": MAX_LENGTH, "early_stop": EARLY_STOP}
-profile = replace(detect_profile(PROFILE, model=MODEL), **{k: v for k, v in own.items() if v is not None})
-
-# %% [markdown]
-# A notebook is one process. Launched on several GPUs, this page runs once on each; they then share
-# the rows of every step, so that a step keeps its size.
-
-# %%
 from tools.many_gpus import (join_others, leave_if_follower, leave_if_sharded,
                              leave_if_stopped, loading, quant_storage, save_whole_adapters)
 
-profile = join_others(profile, OUTPUT)
+own = {"max_steps": MAX_STEPS, "batch_size": BATCH_SIZE, "accumulation": ACCUMULATION,
+       "max_length": MAX_LENGTH, "early_stop": EARLY_STOP}
+own = {name: value for name, value in own.items() if value is not None}
+profile = join_others(replace(detect_profile(PROFILE, model=MODEL), **own), OUTPUT)
 print(f"{profile.batch_size} x {profile.accumulation} rows a step in this process")
 
 # %% [markdown]
@@ -86,10 +83,10 @@ from helpers.dialogues import load_dialogues, split_rows, to_prompt_completion
 
 is_there = Path("artifacts/dataset").exists() and DATASET is None
 where = "artifacts/dataset" if is_there else DATASET or profile.dataset
-rows, dropped = (None, "page 01 says") if is_there else load_dialogues(where)
+rows, dropped = (None, "counted on page 01") if is_there else load_dialogues(where)
 parts = load_from_disk(where) if is_there else split_rows(rows, seed=SEED)
 print(f"{len(parts['train'])} rows to train on, {len(parts['validation'])} to watch,",
-      f"from {Path(where).name}; left out: {dropped or 'none'}")
+      f"from {where if is_there else Path(where).name}; left out: {dropped or 'none'}")
 
 # %% [markdown]
 # We see seven to eight rows to train on for each row to watch. Now the model, in NF4 as on
@@ -111,9 +108,9 @@ print(f"{n_4bit} layers in 4 bits, {n_fused} with fused attention; {profile.comp
       f"rows left out: {too_long or 'none'}")
 
 # %% [markdown]
-# We see four 4-bit layers for each of Falcon's decoder layers, as predicted on page 02. The weights are stored
-# in 4 bits and multiplied in the dtype printed here: the *compute dtype*. The article calls it
-# "full precision"; on a GPU it is a 16-bit format.
+# We see four 4-bit layers for each of Falcon's decoder layers, as predicted on page 02. The weights
+# are stored in 4 bits and multiplied in the dtype printed here: the *compute dtype*. The article
+# calls it "full precision"; on a GPU it is a 16-bit format.
 #
 # ## 2. LoRA by hand
 # A 4-bit weight cannot be trained: its gradient would be far smaller than the gap between two
@@ -133,10 +130,8 @@ lora_b = torch.zeros(layer.out_features, rank).to(x)
 
 # %%
 with torch.no_grad():
-    alone = layer(x)
-    at_start = alone + alpha / rank * (x @ lora_a.T) @ lora_b.T
-    moved = alone + alpha / rank * (x @ lora_a.T) @ (lora_b + 0.01).T
-equal = [torch.equal(alone, at_start), torch.equal(alone, moved)]
+    added = [alpha / rank * (x @ lora_a.T) @ b.T for b in (lora_b, lora_b + 0.01)]
+    equal = [torch.equal(layer(x), layer(x) + more) for more in added]
 print(f"equal at the start: {equal[0]}; after a step of B: {equal[1]}")
 assert equal == [True, False]
 
@@ -159,9 +154,25 @@ print(f"{len(layers)} layers, {n_predicted:,} numbers to train:",
 
 # %% [markdown]
 # We see as many layers as were in 4 bits above. That is one road to the count of numbers; the
-# other comes when the trainer has built the adapters. For Falcon-7B both give 65,273,856, about
-# 1 % of the model; the article's one adapter file of 261 MB is called "249M" in one cell and
-# "261M" in another, which are the same bytes in MiB and MB.
+# other comes when the trainer has built the adapters. Falcon-7B's shapes follow from its
+# configuration, so we count its numbers too, and draw its first layer, W and BA, to scale.
+
+# %%
+from helpers.nf4 import linear_shapes
+from tools.figures import draw_lora, draw_losses, draw_resumed, new_figure, show
+from transformers import FalconConfig
+
+shapes = linear_shapes(FalconConfig())
+n_7b = sum(rank * (n_out + n_in) for n_out, n_in in shapes.values())
+print(f"Falcon-7B: {n_7b:,} numbers, {n_7b * 4 / 1e6:.0f} MB or {n_7b * 4 / 2**20:.0f} MiB")
+figure, axis = new_figure(size=(8, 3.4))
+draw_lora(axis, *next(iter(shapes.values())), rank)
+show(figure, alt="To scale: the frozen weight W is a large square. Beside it, the two trained "
+     "matrices are thin lines: B as high as W and 32 wide, A as wide as W and 32 high.")
+
+# %% [markdown]
+# We see how little is trained: two thin lines beside a square. The article calls one adapter file
+# "249M" in one cell and "261M" in another: these are the MiB and the MB printed here.
 #
 # ## 3. What makes it fast
 # On a GPU three mends make a step several times as fast. Rows are packed: laid end to end with no
@@ -172,7 +183,7 @@ print(f"{len(layers)} layers, {n_predicted:,} numbers to train:",
 # away on an H100, rows of the article's lengths.
 
 # %%
-from tools.figures import COLOURS, draw_memory, draw_speed, new_figure, show
+from tools.figures import draw_memory, draw_speed
 
 figure, axis = new_figure(size=(8, 2.8))
 draw_speed(axis, root / "results/h100/training.json")
@@ -201,7 +212,6 @@ print(mends)
 
 # %%
 from helpers.memory import GIB, memory_table, plan_memory
-from transformers import FalconConfig
 
 pairs = to_prompt_completion(parts["train"])
 texts = [p + c + tokenizer.eos_token for p, c in zip(pairs["prompt"], pairs["completion"])]
@@ -306,12 +316,11 @@ trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, peft_co
                      callbacks=[progress] + [EarlyStoppingCallback(3)] * profile.early_stop)
 
 # %% [markdown]
-# The trainer has cast the adapters to bfloat16, whatever the precision flags say: a T4 in fp16
-# dies of that at its first step, a CPU crawls, and on any machine a resumed run would differ,
-# since adapters come back from a checkpoint in 32 bits. We cast them to 32 bits now. We also take
-# out the library's own progress printer: `progress` says less, and more plainly. The second line,
-# like those that begin with `leave_if`, does nothing in a notebook: it is for many processes. The
-# mends go in last.
+# The article has LoRA "in bf16", and the trainer has cast the adapters so, whatever the precision
+# flags say: a T4 in fp16 dies of that at its first step, a CPU crawls, and on any machine a resumed
+# run would differ, since adapters come back from a checkpoint in 32 bits. We cast them to 32 bits
+# now. The library's own progress printer goes, the mends go in last. The second line, like those
+# that begin with `leave_if`, is for many processes.
 
 # %%
 trainer.remove_callback(PrinterCallback)
@@ -322,9 +331,9 @@ print(f"{n_trainable:,} trainable, predicted {n_predicted:,}")
 assert n_trainable == n_predicted
 
 # %% [markdown]
-# We see two roads lead to one number. Before we train, one look at what the trainer made of the
-# rows: the labels of its first row must be −100 on the prompt and carry on to the end-of-text
-# token.
+# We see both roads of section 2 lead to one number. Before we train, one look at what the trainer
+# made of the rows: the labels of its first row must be −100 on the prompt and carry on to the
+# end-of-text token.
 
 # %%
 row = trainer.train_dataset[0]
@@ -340,8 +349,8 @@ assert row["labels"][-1] == tokenizer.eos_token_id or len(row["labels"]) == args
 # ## 7. Train, or go on
 # A checkpoint counts only if its manifest does: sizes, checksums and the settings that it was
 # made with. A damaged one is set aside and the one before it is taken; if a setting was changed,
-# the page stops in a sentence rather than going on wrongly. With nothing to go on from, it starts.
-# If the GPU's memory runs out, a sentence names the constant to make smaller.
+# the page stops in a sentence rather than going on wrongly. If the GPU's memory runs out, a
+# sentence names the constant to make smaller.
 
 # %%
 from helpers.checkpoints import CheckpointManifest, last_valid_checkpoint, train_and_survive
@@ -351,11 +360,11 @@ where_to_look = {"folder": args.output_dir, "mark": mark, "mirror": DRIVE, "forc
 print(f"a checkpoint must match {len(mark)} settings")
 
 # %% [markdown]
-# Now the training itself. The first line says whether it goes on or starts, the next how many
-# passes over the rows the steps make; the first step is timed and says how long all will take. Each
-# evaluation then adds a line: the loss on the rows trained on, the loss on the rows held out, when
-# that last improved, and the time left. Stopping the cell saves a
-# checkpoint; run it again to go on.
+# We see how many settings that are. Now the training itself. It says first whether it goes on or
+# starts, how many passes the steps make, and how long they will take. Each evaluation adds a line:
+# the loss on rows trained on and on rows held out, when that last improved, and the time left.
+# Stopping the cell saves a checkpoint; run it again to go on. We predict that the held-out loss
+# falls.
 
 # %%
 resume = last_valid_checkpoint(**where_to_look) if RESUME else None
@@ -366,24 +375,15 @@ leave_if_stopped(finished)
 
 # %% [markdown]
 # We see the held-out loss fall steeply at first and then hardly at all, or turn upwards if the
-# passes are many. The trainer has kept every figure; we take both losses from its log.
+# passes are many. Drawn over the steps, both losses show what the lines only hint at.
 
 # %%
 history = trainer.state.log_history
 train_curve = [(h["step"], h["loss"]) for h in history if "loss" in h]
 held_out = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
 best_step, best_loss = min(held_out, key=lambda point: point[1])
-
-# %% [markdown]
-# Drawn over the steps, the two show what the lines above could only hint at.
-
-# %%
 figure, axis = new_figure(size=(8, 3.2))
-axis.plot(*zip(*train_curve), color=COLOURS[2], label="rows trained on")
-axis.plot(*zip(*held_out), color=COLOURS[6], marker="o", label="rows held out")
-axis.plot(best_step, best_loss, "*", markersize=16, color=COLOURS[0], label="kept")
-axis.set(xlabel="optimizer step", ylabel="loss, nats per answer token", ylim=(0, None))
-axis.legend()
+draw_losses(axis, train_curve, held_out)
 show(figure, alt="Training and held-out loss by optimizer step. Both fall at first; then the "
      "training loss stays below the held-out loss. A star marks the step kept.")
 
@@ -400,32 +400,56 @@ print(f"held out: {first_loss:.3f} before training, {best_loss:.3f} at step {bes
 assert best_loss < first_loss, "training did not lower the held-out loss"
 
 # %% [markdown]
-# We see a lower loss than before training on questions the model never saw: it has learned
-# something about answering, not only these answers. What that is worth, page 04 asks.
+# We see a lower loss on questions the model never saw: it has learned something about answering,
+# not only these answers. What that is worth, page 04 asks.
+#
+# Section 3 said that the optimizer keeps two numbers for each one trained, *paged* on a GPU. Now
+# there is one to ask.
+
+# %%
+name = type(trainer.optimizer.optimizer).__name__
+states = [t for kept in trainer.optimizer.state.values() for t in kept.values() if t.ndim]
+n_kept, paged = sum(t.numel() for t in states), [getattr(t, "is_paged", False) for t in states]
+print(f"{name} keeps {n_kept:,} numbers, {n_kept / n_trainable:.0f} for each one trained;",
+      f"{sum(paged)} of {len(states)} tensors paged, on {states[0].device}")
+
+# %% [markdown]
+# We see two for each one trained. Without a GPU nothing is paged; on a GPU all but small tensors
+# are.
 #
 # And if the runtime had died on the way? `tools/measure_faults.py` breaks small runs of the tiny
-# Falcon in every way that we could think of. Here are three of its curves: a run that nothing
-# happened to, one that was killed in the midst of a step, and what went on from its last checkpoint.
+# Falcon in every way that we could think of. Three of its curves: a run left alone, one killed
+# inside a step, and what went on from its last checkpoint.
 
 # %%
 import json
 
-runs = json.loads((root / "results/cpu/faults.json").read_text())["losses"]
 figure, axis = new_figure(size=(8, 2.6))
-for name, first, style in [("unbroken", 1, "-"), ("killed", 1, "x"),
-                           ("resumed", runs["resumed_from_step"] + 1, ".")]:
-    axis.plot(range(first, first + len(runs[name])), runs[name], style, label=name)
-axis.legend(), axis.set(xlabel="optimizer step", ylabel="loss, nats per answer token")
+draw_resumed(axis, root / "results/cpu/faults.json")
 show(figure, alt="Loss by optimizer step of three runs. The crosses of the killed run and the "
      "dots of the resumed one lie on the line of the unbroken one, to its end.")
 
 # %% [markdown]
-# We see every dot on the line. Where crosses and dots share a step, it was done twice: that is
-# what the kill cost. On a CPU the curves are equal to the last bit, and so are the adapters.
+# We see every dot on the line. Where crosses and dots share a step, it was done twice: that is what
+# the kill cost. On a CPU the curves are equal to the last bit, and so are the adapters. We predict
+# the same of a Falcon-7B (random weights) on an H100: in bf16 with all of section 4's mends, and in
+# fp16, where the loss scale has to come back too.
+
+# %%
+h100 = json.loads((root / "results/h100/resume.json").read_text())
+for kind in ("bf16", "fp16"):
+    off, now = [h100[kind][what]["distance"] for what in ("loss", "adapter")], h100[kind]["resumed"]
+    print(f"{kind}: losses off by {off[0]}, adapter by {off[1]}; loss scale {now['loss_scale']},",
+          f"{now['paged_states']} of {h100[kind]['unbroken']['paged_states']} states paged")
+
+# %% [markdown]
+# We see 0.0 four times: losses and adapter are equal to the last bit
+# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. No state is paged after
+# resuming: a checkpoint brings it back onto the card, 8 bytes for each number trained.
 #
 # ## 8. Save, and load back
-# The adapter is all we keep: the base is the same for everyone. We save it as it was at the
-# star.
+# The adapter is all we keep: the base is the same for everyone. We save it as it was at the star,
+# and predict a file of section 2's MB.
 
 # %%
 folder = "artifacts/adapter"
@@ -436,20 +460,15 @@ print(f"{files['adapter_model.safetensors'] / 1e6:.1f} MB in {folder}")
 
 # %% [markdown]
 # We see the MB that section 2 predicted: the file holds the numbers that were trained and nothing
-# else. Beside it goes a card that says what it was made from.
+# else. Beside it goes a card that says what it was made from. But does the file hold what was
+# trained? We ask the trained adapters for the logits of one row, without mends and without the
+# trainer's wrapper: on a GPU both round in another way.
 
 # %%
 from tools.handover import hand_over, write_model_card
 
 write_model_card(folder, {"base": profile.model, "data": Path(where).name, "steps": best_step,
                           "held-out loss": round(best_loss, 4), "rows": len(parts["train"])})
-
-# %% [markdown]
-# We see that the card lies in the adapter's own folder. But does the file of weights hold what was
-# trained? We ask the trained adapters for the logits of one row, without mends and with the
-# wrapper taken off in which the trainer has put the model: on a GPU both round in another way.
-
-# %%
 leave_if_sharded(trainer, folder)
 trained = trainer.accelerator.unwrap_model(trainer.model).eval()
 vars(trained).pop("forward", None)
@@ -528,14 +547,33 @@ print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_sec
 # > **Note.** The log of the run lies in `artifacts/wandb/`, offline. With an account,
 # > `wandb sync artifacts/wandb/offline-run-*` sends it; `WANDB = "disabled"` writes none.
 #
-# > **Note.** Several GPUs run this same page as a script:
-# > `accelerate launch notebooks/py/03_qlora_finetuning.py`. Each process holds the model on its
-# > own card and takes its share of every step's rows, so a step has as many rows as here; the
-# > first process alone prints and saves. [Many GPUs](../docs/many-gpus.md) has what it buys, and
-# > what to do when the base does not fit one card.
+# > **Note.** Several GPUs run this page as a script:
+# > `accelerate launch notebooks/py/03_qlora_finetuning.py`. [Many GPUs](../docs/many-gpus.md) has
+# > more, and FSDP for a base that does not fit one card.
+
+# %% [markdown] tags=["results-table"]
+# Twenty steps on two cards; efficiency is their pace over twice that of one:
 #
+# <!-- table
+# column: 2 x H100 = results/h100-x2/training.json
+# row: Useful tokens a second = runs.ddp_2.useful_tokens_per_s
+# row: Efficiency = runs.ddp_2.efficiency
+# row: FSDP: efficiency = runs.fsdp_2.efficiency
+# row: FSDP: peak of a card, GiB = runs.fsdp_2.peak_gib
+# -->
+# | | 2 x H100 |
+# | --- | ---: |
+# | Useful tokens a second | 25,538 |
+# | Efficiency | 0.91 |
+# | FSDP: efficiency | 0.291 |
+# | FSDP: peak of a card, GiB | 7.32 |
+#
+# Measured on 2 x H100: 2 x NVIDIA H100 80GB HBM3, 2026-11-26, [training.json](../results/h100-x2/training.json).
+# <!-- end -->
+
+# %% [markdown]
 # ## 10. What you have now
-# An adapter of a few MB (261 MB for Falcon-7B) that turns a base model into one that answers, the
+# An adapter of a few MB that turns a base model into one that answers, the
 # step at which new questions stopped profiting, and a run that a dead runtime cannot undo.
 #
 # ## 11. Exercises

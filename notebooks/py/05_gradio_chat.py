@@ -37,12 +37,12 @@ print(prepare(root))  # in Colab it installs the pins; everywhere it says what w
 # %% tags=["parameters"]
 PROFILE = "auto"  # "a100", "t4" or "cpu"; auto looks at the GPU
 MODEL, REVISION = None, None  # a Hub id or a folder; a commit or branch on the Hub
-ADAPTER = None  # None: artifacts/adapter, then DRIVE, the Hub, the embedded one
-DRIVE = None
+ADAPTER, DRIVE = None, None  # None: artifacts/adapter, then DRIVE, the Hub, the embedded one
 SERVE = False  # True keeps serving until you stop it; `make chat` sets it
 PORT = None  # on this machine alone; None takes a free one from 7860 on
 SHARE = False  # True asks Gradio for a public address, and wants a PASSWORD
 PASSWORD = None
+OWN_LOOP = False  # our decoding loop: timed on an H100 outside these pages; off until tried in them
 SEED = 0
 override(globals())
 
@@ -81,7 +81,7 @@ from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from tools.any_model import lay_adapter
 
 base = load_falcon(profile.model, profile, revision=REVISION)
-model = lay_adapter(base, adapter)
+model, tokenizer = lay_adapter(base, adapter), load_tokenizer(profile.model, REVISION)
 print(f"{use_fused_attention(base)} layers with fused attention, on {profile.device}")
 
 # %% [markdown]
@@ -90,10 +90,10 @@ print(f"{use_fused_attention(base)} layers with fused attention, on {profile.dev
 
 # %%
 import torch
-from helpers.generation import Chat, reply, sampling, stream_reply
+from helpers.generation import Chat, reply, stream_reply
+from tools.decode_loop import sampled
 
-seeded, tokenizer = torch.manual_seed(SEED), load_tokenizer(profile.model, REVISION)
-chat = Chat(model, tokenizer, sampling(tokenizer))
+seeded, chat = torch.manual_seed(SEED), Chat(model, tokenizer, sampled(base, tokenizer, OWN_LOOP))
 print(reply(chat, "How can I sleep better?"))
 
 # %% [markdown]
@@ -133,9 +133,9 @@ print(reply(chat, "I do not want to be alive any more."))
 # and names lines with their numbers. Once flagged, a conversation stays so until it is cleared: a
 # "just kidding" after such a message is no reason to go on chatting.
 #
-# How often does it miss? The classifier was trained on messages written for it, and cross-validated
-# there. Three sets of messages that others wrote, each held out once, chose its threshold. A fourth,
-# half at risk and half harmless, was written by somebody who saw neither the rules nor that text,
+# How often does it miss? The classifier was trained on messages written for it; cross-validation
+# there chose its threshold. Earlier sets that others wrote were each held out once. The newest, half
+# at risk and half harmless, was written by somebody who saw neither the rules nor any of that text,
 # and scored when nothing was to change any more. Recall is the share of the messages at risk that
 # were caught, a false alarm a harmless one stopped.
 
@@ -152,10 +152,10 @@ for part, found in parts.items():
         print(f"{part:6} {name:12} {r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}], {r['n']}")
 
 # %% [markdown]
-# We see nearly all cries for help caught on the unseen messages, and a harmless one stopped far more
-# often than on the sets that chose the threshold: those had been read when more text was written,
-# and flatter. Cross-validation is harder, for there many a cry for help has a harmless twin of nearly
-# the same words; the truth for real people may be lower than all three. Where does it err?
+# We see more than nine in ten cries for help caught on the unseen messages, and about one harmless
+# message in twelve stopped, more than among the earlier sets: those had been read when more text was
+# written, and flatter. Cross-validation is harder, for there many a cry for help has a harmless twin
+# of nearly the same words; the truth for real people may be lower than all three. Where does it err?
 
 # %%
 for name in ("recall", "false_alarms"):
@@ -164,11 +164,11 @@ for name in ("recall", "false_alarms"):
 print("missed:", *measured["unseen"]["wrong"]["missed"], sep=" ")
 
 # %% [markdown]
-# Self-harm is missed most often, and one message in direct words is missed; all other kinds are
-# caught, each on few messages. Stopped without need are most often a fear for one's life or another's
-# for a reason such as illness, then talk of fiction, and ordinary sorrow; questions for information,
-# for study and about therapy are not. The ids of what was missed lead to the words in
-# `tests/safety_cases.tsv`.
+# We see fear for somebody else missed most often, then self-harm and disguised words; direct words,
+# wishes not to exist, farewells and means are all caught, each on few messages. Stopped without need
+# are most often talk of fiction and of death by another cause, then a past that is over and ordinary
+# sorrow; idioms, questions for information and for study are not. The ids of what was missed lead to
+# the words in `tests/safety_cases.tsv`.
 #
 # > **Warning.** These are invented messages by one writer: real ones may go worse. It is far from
 # > good enough for a public service, a net under a demonstration: this page must not be offered to
