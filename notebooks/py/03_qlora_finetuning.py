@@ -193,7 +193,7 @@ show(figure, alt="Bars of useful tokens a second. That of the original's recipe 
 # %% [markdown]
 # We see the original's recipe on top, ours below it, and then what is left without a mend, or
 # without two. [Why training is fast](../docs/speed.md) has the figures. Which of them can this
-# machine take? Where compiling fails, a sentence says so and the run goes on without.
+# machine take?
 
 # %%
 from tools.mends import choose_mends, fit_memory, most_tokens, undo_mends, use_mends
@@ -205,10 +205,9 @@ print(mends)
 # We see which mends this run has; a CPU has none, a T4 has two.
 #
 # ## 4. Where the memory goes, and the order of rows
-# Before anything is trained, we add up what a step needs: so many vectors a token and layer wait
-# for the backward pass. A GPU gets the largest micro-batch of at most 16 rows whose plan fits, with
-# activations kept if that leaves it four rows, else computed again; a step keeps its rows.
-# `BATCH_SIZE` overrules the plan.
+# Before anything is trained, we add up what a step needs. A GPU gets the largest micro-batch of at
+# most 16 rows whose plan fits, with activations kept if that leaves it four rows, else computed again; a
+# step keeps its rows.
 
 # %%
 from helpers.memory import GIB, memory_table, plan_memory
@@ -224,13 +223,10 @@ print(memory_table(plan), "" if is_falcon else "(it knows Falcon-7B alone)")
 print(f"{profile.batch_size} rows, at most {tokens:,} tokens; again: {profile.gradient_checkpointing}")
 
 # %% [markdown]
-# We see the largest part first: it is what to make smaller if a run does not fit; below, the
-# largest micro-batch, and whether activations are computed again. Weights are
-# fixed. Activations grow with batch and length. The optimizer keeps two numbers for each number
-# trained; *paged* means that these may move to host memory when the GPU is full, so the plan has
-# none of them; a run that goes on from a checkpoint has them back on the GPU. It is the
-# optimizer's state that is paged, never the weights. Is the plan true? It was put against
-# PyTorch's allocator on an H100, at points that it was not made from.
+# We see the largest part first: it is what to make smaller if a run does not fit. Activations grow
+# with the tokens of the largest micro-batch. The optimizer keeps two numbers for each number trained;
+# *paged* means that these, and never the weights, may move to host memory when the GPU is full, so
+# the plan leaves them out. Is it true? It was put against PyTorch's allocator on an H100.
 
 # %%
 figure, axis = new_figure(size=(8, 2.6))
@@ -240,8 +236,7 @@ show(figure, alt="Points of a plan over what was measured, by gibibytes measured
 print(f"{n_points} points; the worst is off by {worst:.1%}")
 
 # %% [markdown]
-# We see every point near 1. [What the plan counts](../docs/memory.md) has each of them, and what
-# lies outside the allocator. All rows of all steps are laid out now, from the seed: shuffled anew
+# We see every point near 1; [What the plan counts](../docs/memory.md) says more. All rows of all steps are laid out now, from the seed: shuffled anew
 # for each pass and, inside each step, sorted by length, as page 01 showed, or dealt into packs of
 # like size.
 
@@ -514,8 +509,8 @@ print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_sec
 
 # %% [markdown]
 # We see the bytes agree up to a header of a few kB, and what one step takes in seconds; times the
-# number of steps, that is nearly all of this page's time. What a step costs on Falcon-7B, measured
-# on a card that we could use, follows.
+# number of steps, that is nearly all of this page's time. What a step costs on Falcon-7B
+# follows.
 
 # %% [markdown] tags=["results-table"]
 # Twenty steps of this page on a Falcon-7B of random weights and the true shape, A100 profile, the
