@@ -499,10 +499,10 @@ def test_other_errors_are_not_swallowed(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
 
     def train(resume_from_checkpoint):
-        raise torch.OutOfMemoryError("full")
+        raise RuntimeError("full")
 
     callbacks = SimpleNamespace(callbacks=[run.keeper])
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="full"):
         train_and_survive(SimpleNamespace(train=train, callback_handler=callbacks), None)
     assert signal.getsignal(signal.SIGINT) is handler
 

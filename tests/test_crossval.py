@@ -98,7 +98,7 @@ def page_keywords(call: str) -> dict[str, str]:
 
 def test_the_recipe_is_page_03s() -> None:
     names = {"profile": TINY, "SEED": 3, "OUTPUT": "out", "torch": torch, "rank": 32, "alpha": 32}
-    names |= {"linears": list(LINEARS), "is_falcon": True}
+    names |= {"model": None, "lora_targets": lambda model: list(LINEARS)}
     ours = {"SFTConfig": recipe.settings(TINY, True, 3, "out")}
     ours["LoraConfig"] = recipe.lora_config().to_dict()
     not_ours = {"report_to", "run_name", "ddp_find_unused_parameters"}
