@@ -464,10 +464,7 @@ def write(
         text = join(old, figures, head | {"warmup_s": warm})
         (out or filled).write_text(json.dumps(text, indent=2) + "\n")
         return
-    if out is None:
-        write_result("decoding", figures, head, command)
-        return
-    out.write_text(json.dumps(provenance(head, command) | figures, indent=2) + "\n")
+    write_result("decoding", figures, head, command, out=out)
 
 
 def join(old: dict[str, Any], found: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -428,12 +428,8 @@ def show(figures: dict[str, Any]) -> None:
 
 def write(figures: dict[str, Any], out: str | None) -> None:
     """Write what is known by now."""
-    figure, command = "memory: plan_memory against the allocator's peak", this_command()
-    if out is None:
-        write_result("memory", figures, figure, command)
-        return
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(provenance(figure, command) | figures, indent=2) + "\n")
+    figure = "memory: plan_memory against the allocator's peak"
+    write_result("memory", figures, figure, this_command(), out=out)
 
 
 if __name__ == "__main__":

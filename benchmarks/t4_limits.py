@@ -42,7 +42,7 @@ from helpers.memory import plan_memory
 from helpers.profiles import GIB, T4, TINY, Profile
 from helpers.training import row_order
 from tools.mends import CONTEXT, Mends, fit_memory, most_tokens, use_mends
-from tools.results import provenance, this_command, write_result
+from tools.results import this_command, write_result
 
 LABEL = "a T4's limits on an H100, not a T4"
 CAP_GIB = 14.5
@@ -273,12 +273,7 @@ def main() -> None:
 
 def write(figures: dict[str, Any], out: str | None) -> None:
     """Write what is known by now."""
-    figure, command = f"the t4 profile under {LABEL}", this_command()
-    if out is None:
-        write_result("t4_limits", figures, figure, command)
-        return
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(provenance(figure, command) | figures, indent=2) + "\n")
+    write_result("t4_limits", figures, f"the t4 profile under {LABEL}", this_command(), out=out)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from helpers.profiles import A100, GIB, TINY, Profile
 from helpers.training import row_order
 from tools.mends import Mends, undo_double_quantization, use_mends
-from tools.results import provenance, this_command, write_result
+from tools.results import this_command, write_result
 
 PARAMETERS = 6.64e9  # Falcon-7B's linears in 4 bits
 ALL = Mends(packed=True, lean=True, compiled=True)
@@ -416,12 +416,8 @@ def main() -> None:
 
 def write(figures: dict[str, Any], out: str | None) -> None:
     """Write what is known by now."""
-    figure, command = "training: the original's recipe and ours", this_command()
-    if out is None:
-        write_result("training", figures, figure, command)
-        return
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(provenance(figure, command) | figures, indent=2) + "\n")
+    figure = "training: the original's recipe and ours"
+    write_result("training", figures, figure, this_command(), out=out)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ def train_and_survive(
     Pressed a second time it ends at once, and the last checkpoint stays. Either way the notebook
     stays usable, and running the cell again goes on from the last valid checkpoint. If the GPU's
     memory runs out, a sentence says which constant to make smaller, and what the step held is
-    given back; so is, before training starts, what an earlier trainer held.
+    given back; so is, before training starts, what an earlier trainer held. One of several
+    processes then ends with the error, and the others with it.
 
     Args:
         trainer: with a `CheckpointManifest` among its callbacks.
@@ -321,6 +322,8 @@ def train_and_survive(
         fits = False
         keeper.say(out_of_memory(plan, trainer.args))
         keeper.on_train_end(trainer.args, trainer.state, trainer.control)
+        if trainer.args.world_size > 1:
+            raise  # the others wait for this process: all have to end
         give_back(trainer, error)
     except KeyboardInterrupt:
         keeper.say("Stopped at once. Run this cell again to go on from the last checkpoint.")

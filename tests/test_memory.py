@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.memory import BEST, FAST, GRID, LEAN, live_at_peak, rows, score
 from helpers.checkpoints import CheckpointManifest, train_and_survive
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer
-from helpers.memory import plan_memory
+from helpers.memory import out_of_memory, plan_memory
 from helpers.profiles import A100, GIB, T4, TINY
 from helpers.training import adapters_to_fp32
 from tools import mends
@@ -183,6 +183,16 @@ def test_out_of_memory_is_one_sentence_and_the_page_goes_on(tmp_path: Path, monk
     assert train_and_survive(trainer, plan=plan) is True
     assert trainer.state.global_step == 2
     assert not [ref for ref in old if ref() is not None], "the old trainer is still held"
+
+
+def test_out_of_memory_ends_one_of_several_processes(tmp_path: Path, monkeypatch) -> None:
+    SAID.clear()
+    trainer = tiny_trainer(tmp_path, 8)
+    break_in_the_backward(monkeypatch)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(torch.OutOfMemoryError):  # caught, it would leave the others waiting
+        train_and_survive(trainer)
+    assert SAID == [out_of_memory(None, trainer.args)]
 
 
 def test_where_compiling_fails_the_run_goes_on_uncompiled(monkeypatch, capsys) -> None:

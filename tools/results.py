@@ -87,8 +87,9 @@ def provenance(figure: str, command: str) -> dict[str, Any]:
 
 
 def write_result(
-    name: str, figures: dict[str, Any], figure: str, command: str, cards: int = 1
-) -> Path:
+    name: str, figures: dict[str, Any], figure: str, command: str, cards: int = 1,
+    out: str | Path | None = None,
+) -> Path:  # fmt: skip
     """Write figures, and where they come from, to results/<machine>/<name>.json.
 
     Args:
@@ -97,6 +98,7 @@ def write_result(
         figure: what the file holds, in a few words.
         command: what has to be typed to get it again.
         cards: how many GPUs took part; from two on the folder is `<machine>-x<cards>`.
+        out: another file to write instead.
 
     Returns:
         The path of the file.
@@ -110,12 +112,25 @@ def write_result(
     folder = machine_name()[0]
     if cards > 1:
         folder, head["machine"] = f"{folder}-x{cards}", f"{cards} x {head['machine']}"
-    path = ROOT / "results" / folder / f"{name}.json"
+    path = Path(out) if out else ROOT / "results" / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | figures, indent=2) + "\n")
     return path
 
 
 def this_command() -> str:
-    """Give the command line of the running script, as one would type it in the repository."""
-    return " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    """Give the command line of the running script, as one would type it in the repository.
+
+    Folders of this machine are left out: a path is its last part, and `--out` is gone.
+
+    Example:
+        >>> before, sys.argv = sys.argv, ["a.py", "--out", "/x/y.json", "--model", "/x/f7"]
+        >>> this_command().split("a.py ")[1]
+        '--model f7'
+        >>> sys.argv = before
+    """
+    words = sys.argv[1:]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    words = [Path(word).name if word.startswith("/") else word for word in words]
+    return " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *words])
