@@ -322,8 +322,6 @@ def train_and_survive(
         fits = False
         keeper.say(out_of_memory(plan, trainer.args))
         keeper.on_train_end(trainer.args, trainer.state, trainer.control)
-        if trainer.args.world_size > 1:
-            raise  # the others wait for this process: all have to end
         give_back(trainer, error)
     except KeyboardInterrupt:
         keeper.say("Stopped at once. Run this cell again to go on from the last checkpoint.")

@@ -163,15 +163,22 @@ def out_of_memory(plan: dict[str, float] | None, args: TrainingArguments) -> str
 def give_back(trainer: Trainer, error: BaseException) -> None:
     """Let go of a broken step's gradients, optimizer and cached memory; the model stays.
 
+    Raises:
+        BaseException: the error itself in one of several processes, as the others wait for it.
+
     Example:
         >>> from types import SimpleNamespace as Some
         >>> model = torch.nn.Linear(1, 1)
         >>> model(torch.ones(1)).backward()
         >>> idle = Some(free_memory=list)    # called, it does nothing
-        >>> give_back(Some(model=model, accelerator=idle, callback_handler=Some()), KeyError())
+        >>> alone, handler = Some(world_size=1), Some()
+        >>> trainer = Some(args=alone, model=model, accelerator=idle, callback_handler=handler)
+        >>> give_back(trainer, KeyError())
         >>> model.weight.grad is None
         True
     """
+    if trainer.args.world_size > 1:
+        raise error
     clear_frames(error.__traceback__)  # they hold the step's activations
     trainer.model.zero_grad()
     handler = trainer.callback_handler
