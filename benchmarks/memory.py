@@ -46,8 +46,8 @@ from tools.results import provenance, this_command, write_result
 PEFT, LEAN, FAST = Mends(), Mends(lean=True), Mends(lean=True, compiled=True)
 PACKED, BEST = Mends(packed=True, lean=True), Mends(packed=True, lean=True, compiled=True)
 OLD_COMPILED = Mends(compiled=True)
-# dtype, mends, rank, checkpointing: (batch, length) scored, and not scored
-GRID: list[tuple[str, Mends, int, bool, list[tuple[int, int]], list[tuple[int, int]]]] = [
+# dtype, mends, rank, checkpointing (a number: of so many layers one): (batch, length) scored, and not
+GRID: list[tuple[str, Mends, int, bool | int, list[tuple[int, int]], list[tuple[int, int]]]] = [
     ("bf16", BEST, 32, False, [(16, 256), (4, 1024), (8, 384), (4, 256)], [(8, 256)]),
     ("bf16", BEST, 32, True, [(16, 256), (8, 512), (16, 1024)], [(8, 256)]),
     ("bf16", BEST, 8, False, [(8, 512)], []),
@@ -65,6 +65,8 @@ GRID: list[tuple[str, Mends, int, bool, list[tuple[int, int]], list[tuple[int, i
     ("fp16", LEAN, 32, True, [(4, 512)], [(8, 256)]),
     ("fp16", FAST, 32, True, [(4, 512), (8, 512)], [(8, 256)]),
     ("fp16", FAST, 32, False, [(4, 512), (4, 256), (8, 256)], [(2, 512)]),
+    ("fp16", FAST, 32, 4, [(8, 512), (16, 256), (4, 512)], []),
+    ("fp16", FAST, 32, 2, [(8, 512), (16, 256)], []),
 ]
 
 
@@ -222,8 +224,9 @@ def predict(point: dict[str, Any], config: FalconConfig) -> dict[str, float]:
     mends = Mends(**point["mends"])
     return plan_memory(
         point_profile(point["dtype"], mends), config, batch_size=point["batch"],
-        length=point["length"], rank=point["rank"], checkpointing=point["checkpointing"],
+        length=point["length"], rank=point["rank"], checkpointing=bool(point["checkpointing"]),
         lean=mends.lean, compiled=mends.compiled, packed=mends.packed,
+        every=int(point["checkpointing"]) or 1,
     )  # fmt: skip
 
 
@@ -243,6 +246,18 @@ def score(figures: dict[str, Any]) -> dict[str, Any]:
     figures["calibration"] = sum(p["calibration"] for p in whole)
     figures["worst_error"] = worst
     return figures
+
+
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Today's points in the place of an earlier run's of the same groups, whose rest stays."""
+
+    def group(point: dict[str, Any]) -> tuple:
+        return tuple(str(point.get(key)) for key in ("dtype", "mends", "rank", "checkpointing"))
+
+    new = {group(point) for point in later["points"]}
+    kept = [point for point in earlier["points"] if group(point) not in new]
+    run = {key: earlier.get(key) for key in ("command", "date", "commit", "machine")}
+    return later | {"points": kept + later["points"], "earlier_run": run | {"points": len(kept)}}
 
 
 class Bench:
@@ -281,7 +296,7 @@ class Bench:
         """Bytes of the card outside the allocator: the context, other processes, paged state."""
         return used_gib() - torch.cuda.memory_reserved() if torch.cuda.is_available() else 0.0
 
-    def trainer(self, dtype: str, mends: Mends, rank: int, again: bool) -> SFTTrainer:
+    def trainer(self, dtype: str, mends: Mends, rank: int, again: bool | int) -> SFTTrainer:
         """Notebook 03's trainer over rows that are swapped at each point."""
         use_fused_attention(self.base)
         args = SFTConfig(
@@ -290,7 +305,9 @@ class Bench:
             lr_scheduler_type="cosine", max_grad_norm=0.3, logging_steps=1, disable_tqdm=True,
             optim="adamw_torch" if self.small else "paged_adamw_32bit",
             bf16=dtype == "bf16" and not self.small, fp16=dtype == "fp16" and not self.small,
-            activation_checkpointing=again, train_sampling_strategy="sequential",
+            activation_checkpointing=bool(again),
+            activation_checkpointing_kwargs={"every_n_layers": int(again) or 1},
+            train_sampling_strategy="sequential",
             eval_strategy="no", save_strategy="no", report_to="none", use_cpu=self.small,
         )  # fmt: skip
         lora = LoraConfig(
@@ -305,7 +322,7 @@ class Bench:
         use_mends(trainer, mends)
         return trainer
 
-    def group(self, dtype: str, mends: Mends, rank: int, again: bool, sizes: list) -> None:
+    def group(self, dtype: str, mends: Mends, rank: int, again: bool | int, sizes: list) -> None:
         """All points of one trainer."""
         self.load(dtype)
         set_seed(0)
@@ -353,6 +370,7 @@ def main() -> None:
     parser.add_argument("--out", help="instead of results/<gpu>/memory.json")
     parser.add_argument("--seconds", type=float, default=400, help="begin no group after these")
     parser.add_argument("--only", type=int, nargs="*", help="these groups of the grid, from 0")
+    parser.add_argument("--join", type=Path, help="keep a recorded file's other groups; with --only")
     parser.add_argument("--score", type=Path, help="predict a recorded file's points again")
     parser.add_argument("--cpu-rehearsal", action="store_true")
     arguments = parser.parse_args()
@@ -392,6 +410,9 @@ def main() -> None:
             )
             bench.base, bench.dtype = None, ""
         print(f"{time.perf_counter() - bench.began:5.0f} s  {name}", flush=True)
+        write(score(bench.figures), arguments.out)
+    if arguments.join:
+        bench.figures = joined(json.loads(arguments.join.read_text()), bench.figures)
         write(score(bench.figures), arguments.out)
     show(bench.figures)
     shutil.rmtree(bench.folder, ignore_errors=True)

@@ -37,6 +37,7 @@ def plan_memory(
     profile: Profile, config: PreTrainedConfig, batch_size: int | None = None,
     length: int | None = None, rank: int = 32, checkpointing: bool | None = None,
     lean: bool = False, compiled: bool = False, packed: bool = False, resumed: bool = False,
+    every: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Predict the peak of a QLoRA step's memory by part, before anything is loaded.
 
@@ -59,6 +60,7 @@ def plan_memory(
         packed: counts the same; attention saves as much either way.
         resumed: the optimizer's state came back from a checkpoint. PyTorch's `load_state_dict` puts
             it into the allocator, where nothing is paged any more.
+        every: with checkpointing, only the first of so many layers is computed again.
 
     Returns:
         Bytes by part: weights, embedding, adapters, gradients, optimizer, activations, logits,
@@ -85,14 +87,17 @@ def plan_memory(
     chunk = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK)
     # three residuals, of 32 bits if autocast is on, and one gradient of 32 bits
     logits = chunk * size + tokens * h * (3 * (size if lean else 4) + 4)
-    waiting, moment = _layer(config, tokens, size, rank, again, lean, compiled)
+    kept, moment = _layer(config, tokens, size, rank, False, lean, compiled)
+    redone = -(-layers // (every or profile.checkpoint_every)) if again else 0
+    stays, other = _layer(config, tokens, size, rank, True, lean, compiled)
+    moment = max(moment * (redone < layers), other * (redone > 0))
     return {
         "weights": layers * sum(a * b for a, b in shapes) * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
         "embedding": (config.vocab_size + 2 * layers + 2) * h * size,
         "adapters": 4 * layers * sum(sides),
         "gradients": 4 * layers * sum(sides),
         "optimizer": 8 * layers * sum(unpaged),
-        "activations": layers * waiting,
+        "activations": redone * stays + (layers - redone) * kept,
         "logits": logits,
         "workspace": max(moment - logits, 0) + CUBLAS * profile.on_gpu,
     }

@@ -37,6 +37,7 @@ class Profile:
     learning_rate: float
     early_stop: bool
     gradient_checkpointing: bool
+    checkpoint_every: int
     optim: str
     device: str
 
@@ -65,6 +66,7 @@ TINY = Profile(
     learning_rate=1e-3,
     early_stop=True,
     gradient_checkpointing=False,
+    checkpoint_every=1,
     optim="adamw_torch",
     device="cpu",
 )
@@ -82,6 +84,7 @@ A100 = Profile(
     learning_rate=2e-4,
     early_stop=False,
     gradient_checkpointing=True,
+    checkpoint_every=1,
     optim="paged_adamw_32bit",
     device="cuda:0",
 )

@@ -239,7 +239,7 @@ def draw_memory(axis: Any, path: Path) -> tuple[int, float]:
     """
     found = [p for p in json.loads(path.read_text())["points"] if not p["calibration"]]
     for again, name in ((False, "activations kept"), (True, "computed again")):
-        points = [p for p in found if p["checkpointing"] is again]
+        points = [p for p in found if bool(p["checkpointing"]) is again]
         peaks = [p["peak"] / 2**30 for p in points]
         shares = [p["predicted"] / p["peak"] for p in points]
         axis.plot(peaks, shares, "x" if again else "o", label=name)

@@ -121,8 +121,9 @@ def fit_memory(
 ) -> Profile:  # fmt: skip
     """Choose micro-batch and checkpointing for a GPU from the plan; a step keeps its rows.
 
-    Activations are kept if at least four rows fit that way: as many as fit, up to the article's
-    16. Else they are computed again, again with as many rows as fit. The plan counts the largest
+    As many rows as fit, up to the article's 16 and at least eight, with the activations of all
+    layers kept, or of all but every fourth or every second. Else at least four rows with all kept;
+    else every layer is computed again, again with as many rows as fit. The plan counts the largest
     micro-batch of the run, and an optimizer whose state came back from a checkpoint. `CONTEXT`
     and `RESERVE` stand for what is not the allocator's, and for what it holds and does not use.
 
@@ -141,7 +142,9 @@ def fit_memory(
         >>> profile = fit_memory(T4, Mends(lean=True, compiled=True), FalconConfig(), [300] * 9,
         ...                      memory=15 * GIB)
         >>> profile.batch_size, profile.accumulation, profile.gradient_checkpointing
-        (8, 8, False)
+        (16, 4, True)
+        >>> profile.checkpoint_every
+        4
     """
     if not profile.on_gpu or config.model_type != "falcon" or is_sharded():
         return profile
@@ -149,17 +152,20 @@ def fit_memory(
     rows = profile.batch_size * profile.accumulation
     sizes = [n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0]
     sizes = [profile.batch_size] if fixed else sizes
-    tries = [(n, False) for n in sizes if n >= 4 or fixed] + [(n, True) for n in sizes]
-    for batch, again in tries:
+    some = [(n, every) for n in sizes for every in (0, 4, 2) if n >= 8 or fixed]
+    few = [(n, 0) for n in sizes if 4 <= n < 8]
+    for batch, every in some + few + [(n, 1) for n in sizes]:
         tokens = most_tokens(profile, mends, lengths, batch, seed)
         plan = plan_memory(
-            profile, config, 1, tokens, rank, again, mends.lean, mends.compiled, resumed=True
-        )
+            profile, config, 1, tokens, rank, every > 0, mends.lean, mends.compiled,
+            resumed=True, every=every or 1,
+        )  # fmt: skip
         if sum(plan.values()) * RESERVE + CONTEXT <= memory:
             break
     return replace(
-        profile, batch_size=batch, accumulation=rows // batch, gradient_checkpointing=again
-    )
+        profile, batch_size=batch, accumulation=rows // batch, gradient_checkpointing=every > 0,
+        checkpoint_every=every or 1,
+    )  # fmt: skip
 
 
 def use_mends(trainer: Trainer, mends: Mends) -> None:
