@@ -46,7 +46,7 @@ from tools.results import provenance, this_command, write_result
 PEFT, LEAN, FAST = Mends(), Mends(lean=True), Mends(lean=True, compiled=True)
 PACKED, BEST = Mends(packed=True, lean=True), Mends(packed=True, lean=True, compiled=True)
 OLD_COMPILED = Mends(compiled=True)
-# dtype, mends, rank, checkpointing (a number: of so many layers one): (batch, length) scored, and not
+# dtype, mends, rank, checkpointing (4: of four layers one): (batch, length) scored, and not scored
 GRID: list[tuple[str, Mends, int, bool | int, list[tuple[int, int]], list[tuple[int, int]]]] = [
     ("bf16", BEST, 32, False, [(16, 256), (4, 1024), (8, 384), (4, 256)], [(8, 256)]),
     ("bf16", BEST, 32, True, [(16, 256), (8, 512), (16, 1024)], [(8, 256)]),
@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--out", help="instead of results/<gpu>/memory.json")
     parser.add_argument("--seconds", type=float, default=400, help="begin no group after these")
     parser.add_argument("--only", type=int, nargs="*", help="these groups of the grid, from 0")
-    parser.add_argument("--join", type=Path, help="keep a recorded file's other groups; with --only")
+    parser.add_argument("--join", type=Path, help="with --only: keep this file's other groups")
     parser.add_argument("--score", type=Path, help="predict a recorded file's points again")
     parser.add_argument("--cpu-rehearsal", action="store_true")
     arguments = parser.parse_args()
