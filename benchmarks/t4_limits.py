@@ -5,9 +5,9 @@
 fp16 with adapters in 32 bits and a gradient scaler, the allocator capped at 14.5 GiB and told to
 grow its segments, flash attention off and the memory-efficient kernel on. The original's recipe
 (`benchmarks/seed.py`, in fp16, its adapters in 32 bits, which it needs to start at all) and ours
-train in turns: original, ours at either length, each on a base loaded anew, 64 rows a step. What
-`fit_memory` chooses for a T4's 14.75 GiB is noted as `planned`. Then ours with other settings, most
-telling first, and the original once more. Ours takes the first steps of the profile's 150. The
+train in turns: original, ours at either length, each on a base loaded anew, 64 rows a step, ours as
+`fit_memory` chooses it for a T4. Then ours with other settings, most telling first, and the
+original once more. Ours takes the first steps of the profile's 150. The
 rows and their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss
 scale say something of a T4.
 The file is written anew after each part. Writes results/<gpu>/t4_limits.json; --out names another.
@@ -40,15 +40,13 @@ from benchmarks.seed import load_seed_base, seed_trainer
 from benchmarks.training import Meter, peak_gib, summary
 from helpers.dialogues import load_dialogues, to_prompt_completion
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
-from helpers.memory import plan_memory
 from helpers.profiles import GIB, T4, TINY, Profile
 from helpers.training import row_order
-from tools.mends import Mends, fit_memory, most_tokens, use_mends
+from tools.mends import Mends, most_tokens, use_mends
 from tools.results import this_command, write_result
 
 LABEL = "a T4's limits on an H100, not a T4"
 CAP_GIB = 14.5
-T4_GIB = 14.75  # what PyTorch reports of a T4, by readers' messages; not seen here
 FAST, LEAN, PLAIN = Mends(lean=True, compiled=True), Mends(lean=True), Mends()
 # name: mends, length, rows of a micro-batch, of how many layers one is computed again, steps
 OURS: dict[str, tuple[Mends, int, int, int, int]] = {
@@ -103,12 +101,6 @@ class Bench:
         return replace(self.profile, max_length=length, max_steps=30, batch_size=1,
                        accumulation=self.rows)  # fmt: skip
 
-    def planned(self, mends: Mends, length: int, config: Any) -> list[int]:
-        """Rows of a micro-batch and how many layers share one checkpoint, as the plan has it."""
-        fitted = fit_memory(self.at(length), mends, config, self.lengths,
-                            memory=int(T4_GIB * GIB))  # fmt: skip
-        return [fitted.batch_size, fitted.checkpoint_every * fitted.gradient_checkpointing]
-
     def seed(self, length: int, batch: int) -> SFTTrainer:
         """The original's trainer in fp16 on a base of its own."""
         set_seed(0)
@@ -124,13 +116,7 @@ class Bench:
         base = load_falcon(self.profile.model, self.profile)
         use_fused_attention(base)
         tokens = most_tokens(self.at(length), mends, self.lengths, batch)
-        plan = plan_memory(self.profile, base.config, 1, tokens, 32, every > 0, mends.lean,
-                           mends.compiled, every=every or 1)  # fmt: skip
-        self.chosen = {
-            "rows": batch, "again_of": every, "most_tokens": tokens,
-            "planned": self.planned(mends, length, base.config),
-            "planned_gib": sum(plan.values()) / GIB,
-        }  # fmt: skip
+        self.chosen = {"rows": batch, "again_of": every, "most_tokens": tokens}
         cut = [min(n, length) for n in self.lengths]
         order = row_order(cut, self.rows, 30, seed=0)
         trainer = seed_trainer(

@@ -45,9 +45,9 @@ def plan_memory(
     the allocator holds in reserve, and not the paged optimizer's state, two numbers for each one
     trained, which lies in memory that CUDA moves between host and GPU. With activations kept,
     every layer's saved tensors wait for the backward pass; with checkpointing only its input does,
-    and one layer at a time is computed again. In a compiled layer two tensors stay beside the
-    input: the products with the 4-bit weights before attention and before GELU, which the compiler
-    does not compute again (docs/memory.md).
+    and one layer at a time is computed again. A compiled layer of peft's own LoRA keeps two tensors
+    more: bitsandbytes' products before attention and before GELU, which the compiler does not
+    compute again (docs/memory.md).
 
     Args:
         profile: gives dtype, batch size, length and checkpointing where they are not given.
@@ -77,30 +77,40 @@ def plan_memory(
         >>> round(plan["weights"] / GIB, 2), round(plan["adapters"] / 4)
         (3.18, 65273856)
     """
-    h, ffn = config.hidden_size, config.ffn_hidden_size
+    h, ffn, layers = config.hidden_size, config.ffn_hidden_size, config.num_hidden_layers
     shapes = ((h, h + config.head_dim * 2), (h, h), (h, ffn), (ffn, h))
-    layers, size = config.num_hidden_layers, profile.compute_dtype.itemsize
+    size, held = profile.compute_dtype.itemsize, resumed or "paged" not in profile.optim
     tokens = (batch_size or profile.batch_size) * (length or profile.max_length)
     again = profile.gradient_checkpointing if checkpointing is None else checkpointing
-    sides, held = [rank * n for shape in shapes for n in shape], "paged" not in profile.optim
-    unpaged = [n for n in sides if resumed or held or n < PAGED_FROM]
+    sides = [rank * n for shape in shapes for n in shape]
     chunk = min(tokens, TOKEN_CHUNK) * min(config.vocab_size, VOCABULARY_CHUNK)
     # three residuals, of 32 bits if autocast is on, and one gradient of 32 bits
     logits = chunk * size + tokens * h * (3 * (size if lean else 4) + 4)
-    kept, moment = _layer(config, tokens, size, rank, False, lean, compiled)
-    redone = -(-layers // (every or profile.checkpoint_every)) if again else 0
-    stays, other = _layer(config, tokens, size, rank, True, lean, compiled)
-    moment = max(moment * (redone < layers), other * (redone > 0))
+    every = (every or profile.checkpoint_every) * again
+    waiting, moment = _layers(config, tokens, size, rank, every, lean, compiled)
     return {
         "weights": layers * sum(a * b for a, b in shapes) * (4 + 8 / 64 + 32 / (64 * 256)) / 8,
         "embedding": (config.vocab_size + 2 * layers + 2) * h * size,
-        "adapters": 4 * layers * sum(sides),
-        "gradients": 4 * layers * sum(sides),
-        "optimizer": 8 * layers * sum(unpaged),
-        "activations": redone * stays + (layers - redone) * kept,
+        **dict.fromkeys(("adapters", "gradients"), 4 * layers * sum(sides)),
+        "optimizer": 8 * layers * sum(n for n in sides if held or n < PAGED_FROM),
+        "activations": waiting,
         "logits": logits,
         "workspace": max(moment - logits, 0) + CUBLAS * profile.on_gpu,
     }
+
+
+def _layers(
+    config: PreTrainedConfig, tokens: int, size: int, rank: int, every: int, lean: bool,
+    compiled: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """Bytes of all layers that wait for the backward pass, and what it needs for a moment."""
+    layers, redone = config.num_hidden_layers, -(-config.num_hidden_layers // every) if every else 0
+    (kept, moment), (stays, other) = (
+        _layer(config, tokens, size, rank, again, lean, compiled) for again in (False, True)
+    )
+    gone = (layers - 1) % (every or 1)  # kept layers above the last that is computed again
+    moment = max(moment * (redone < layers), (other - gone * kept) * (redone > 0))
+    return redone * stays + (layers - redone) * kept, moment
 
 
 def _layer(
@@ -119,8 +129,10 @@ def _layer(
     weight = h * ffn * (size + 2 * 4 / 64)  # unpacked, and its scales in 32 bits, twice
     if not again:
         return layer, max(kept, beside + weight)
-    stays = hidden * (1 if lean else 4 / size) + compiled * tokens * size * (h + kv + ffn)
-    return stays, redone + weight if compiled else max(redone, layer + beside + weight)
+    products = tokens * size * (h + kv + ffn) * compiled
+    stays = hidden * (1 if lean else 4 / size) + products * (not lean)
+    again = redone + products * lean + weight
+    return stays, again if compiled else max(redone, layer + beside + weight)
 
 
 def memory_table(plan: dict[str, float]) -> str:

@@ -1,5 +1,7 @@
 """What makes training fast: rows without padding, lean LoRA, compiled blocks, products in fp8."""
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
@@ -117,13 +119,13 @@ class CounterDropout(nn.Module):
         return torch.where(kept.view_as(x), x / (1 - self.p), torch.zeros_like(x))
 
 
-def unpacked(like: Tensor, packed: Tensor, *scales: Tensor | None) -> Tensor:
-    """The weight by bitsandbytes' own kernels, (out, in) as `like` is, in its dtype."""
+def _unpacked(x: Tensor, shape: tuple[int, int], packed: Tensor, *scales: Tensor | None) -> Tensor:
+    """The weight by bitsandbytes' own kernels, (out, in) as `shape` says, in the dtype of `x`."""
     absmax, absmax2, code2, offset = scales
     ops = torch.ops.bitsandbytes
     if absmax2 is not None:
         absmax = ops.dequantize_blockwise(absmax, absmax2, code2, 256, torch.float32) + offset
-    return ops.dequantize_4bit(packed.view(-1, 1), absmax, 64, "nf4", like.shape, like.dtype)
+    return ops.dequantize_4bit(packed.view(-1, 1), absmax, 64, "nf4", shape, x.dtype)
 
 
 @torch.library.custom_op("helpers::lean_product", mutates_args=())
@@ -133,9 +135,9 @@ def lean_product(
 ) -> Tensor:  # fmt: skip
     """`thin @ b.T + x @ W.T`, the sum rounded once; W is unpacked here and kept by none.
 
-    Where the adapter's part is added to a product already rounded to 16 bits, a part smaller than
-    half a step of the sum is lost: in bf16 most of what the first steps of training have learned.
-    The compiler sees one operation, which it can neither keep W of nor fail to compute again.
+    A part smaller than half a step of a sum is lost where it is added to a product that is already
+    rounded: in bf16, most of what the first steps of training have learned. The compiler sees one
+    operation, of which it keeps no W, and which it computes again where checkpointing asks for it.
 
     Args:
         x: (n, in) 16 or 32 bits.
@@ -152,7 +154,8 @@ def lean_product(
         >>> lean_product(torch.ones(1, 64), 2 * one[None], one[None], byte, one, None, None, None)
         tensor([[2.]])
     """
-    weight = unpacked(b.new_empty(b.shape[0], x.shape[1]), packed, absmax, absmax2, code2, offset)
+    shape = b.shape[0], x.shape[1]
+    weight = _unpacked(x, shape, packed, absmax, absmax2, code2, offset)
     return (thin @ b.t()).addmm_(x, weight.t())
 
 
@@ -161,15 +164,15 @@ def _(x: Tensor, thin: Tensor, b: Tensor, *weight: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], b.shape[0])
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, *rest = inputs
     ctx.width = x.shape[1]
     ctx.save_for_backward(*rest)
 
 
-def _gradients(ctx, g: Tensor) -> tuple:
+def _gradients(ctx: Any, g: Tensor) -> tuple:
     thin, b, packed, *scales = ctx.saved_tensors
-    weight = unpacked(g.new_empty(b.shape[0], ctx.width), packed, *scales)
+    weight = _unpacked(g, (b.shape[0], ctx.width), packed, *scales)
     return g @ weight, g @ b, g.t() @ thin, *[None] * 5
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import FalconConfig
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.memory import BEST, FAST, GRID, LEAN, live_at_peak, rows, score
+from benchmarks.memory import BEST, FAST, GRID, LEAN, PEFT, joined, live_at_peak, rows, score
 from helpers.checkpoints import CheckpointManifest, train_and_survive
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer
 from helpers.memory import out_of_memory, plan_memory
@@ -60,6 +60,23 @@ def test_todays_plan_meets_every_recorded_point() -> None:
     assert figures["worst_error"] <= 0.05
 
 
+def test_the_plan_meets_the_peaks_under_a_t4_s_limits() -> None:
+    """Three peaks of another benchmark: all layers kept, one of four computed again, and each."""
+    parts = json.loads((RECORDED.parent / "t4_limits.json").read_text())["parts"].values()
+    found = {p["again_of"]: p for p in parts if p.get("most_tokens") == 4096}
+    assert set(found) == {0, 1, 4}
+    for every, part in found.items():
+        plan = plan_memory(T4, FalconConfig(), 1, 4096, 32, every > 0, True, True, every=every or 1)
+        assert sum(plan.values()) / GIB == pytest.approx(part["peak_gib"], rel=0.05)
+
+
+def test_a_later_run_of_some_groups_keeps_the_others() -> None:
+    kept, old, new = ({"dtype": d, "rank": 1, "n": n} for d, n in (("a", 1), ("b", 2), ("b", 3)))
+    both = joined({"points": [kept, old], "commit": "x"}, {"points": [new], "commit": "y"})
+    assert both["points"] == [kept, new] and both["commit"] == "y"
+    assert both["earlier_run"]["commit"] == "x" and both["earlier_run"]["points"] == 1
+
+
 # --- what a plan says -------------------------------------------------------------------------
 
 
@@ -94,13 +111,15 @@ def test_a_resumed_optimizer_is_no_longer_paged() -> None:
 @pytest.mark.parametrize(
     ("profile", "mends", "longest", "gib", "expected"),
     [
-        (T4, FAST, 512, 14.75, (4, 16, False)),
-        (T4, FAST, 256, 14.75, (8, 8, False)),
-        (T4, LEAN, 512, 14.75, (16, 4, True)),
-        (T4, FAST, 512, 8, (1, 64, True)),
-        (A100, BEST, 512, 39.4, (16, 4, False)),
-        (A100, BEST, 512, 79.2, (16, 4, False)),
-        (A100, BEST, 512, 15, (8, 8, False)),
+        (T4, FAST, 512, 14.75, (8, 8, 4)),
+        (T4, FAST, 256, 14.75, (16, 4, 4)),
+        (T4, LEAN, 512, 14.75, (16, 4, 1)),
+        (T4, PEFT, 512, 14.75, (16, 4, 1)),
+        (T4, FAST, 512, 8, (8, 8, 1)),
+        (A100, BEST, 512, 39.4, (16, 4, 0)),
+        (A100, BEST, 512, 79.2, (16, 4, 0)),
+        (A100, BEST, 512, 15, (16, 4, 2)),
+        (A100, BEST, 512, 13, (8, 8, 0)),
     ],
 )
 def test_micro_batch_and_checkpointing_come_from_the_plan(
@@ -108,7 +127,8 @@ def test_micro_batch_and_checkpointing_come_from_the_plan(
 ) -> None:
     lengths = [longest, *range(48, longest)]
     fitted = fit_memory(profile, mends, FalconConfig(), lengths, memory=int(gib * GIB))
-    found = fitted.batch_size, fitted.accumulation, fitted.gradient_checkpointing
+    every = fitted.checkpoint_every * fitted.gradient_checkpointing
+    found = fitted.batch_size, fitted.accumulation, every
     assert found == expected and found[0] * found[1] == 64
 
 

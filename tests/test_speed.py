@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
@@ -92,6 +93,39 @@ def test_lean_lora_is_peft_s_sum_forward_and_backward(adapted) -> None:
     assert torch.equal(adapted(input_ids=ids).logits, logits)
     with adapted.disable_adapter():
         assert torch.equal(adapted(input_ids=ids).logits, off)
+
+
+def test_what_a_first_step_has_learned_is_not_rounded_away() -> None:
+    """B is 2e-4 up or down, as AdamW's first step leaves it; bf16 knows 1.35 to 0.004."""
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(512, 512) * 0.06, quant_type="nf4")
+    weight = dequantize_4bit(packed, state).bfloat16()
+    x, thin = torch.randn(64, 512).bfloat16(), torch.randn(64, 32).bfloat16() * 0.6
+    b = ((torch.randint(0, 2, (512, 32)) * 2 - 1) * 2e-4).bfloat16()
+    exact, part = x.double() @ weight.double().t(), thin.double() @ b.double().t()
+
+    def survives(y: Tensor) -> float:
+        return (((y.double() - exact) * part).sum() / part.square().sum()).item()
+
+    ours = speed.lean_product(x, thin, b, packed, state.absmax, None, None, None)
+    assert survives(ours) == pytest.approx(1, abs=0.05)
+    onto_a_rounded_product = torch.addmm(x @ weight.t(), thin, b.t())
+    assert survives(onto_a_rounded_product) < 0.5
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "once"])
+def test_the_lean_product_and_its_gradients_are_the_sum_s(nested: bool) -> None:
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(96, 64), quant_type="nf4", compress_statistics=nested)
+    second = (state.state2.absmax, state.state2.code, state.offset) if nested else (None,) * 3
+    given = [torch.randn(n, k, requires_grad=True) for n, k in ((5, 64), (5, 4), (96, 4))]
+    x, thin, b = given
+    y = speed.lean_product(x, thin, b, packed, state.absmax, *second)
+    plain = thin @ b.t() + x @ dequantize_4bit(packed, state).t()
+    torch.testing.assert_close(y, plain)
+    ours, theirs = (torch.autograd.grad(v.square().sum(), given) for v in (y, plain))
+    torch.testing.assert_close(ours, theirs)
+    torch.library.opcheck(speed.lean_product, (x, thin, b, packed, state.absmax, *second))
 
 
 def test_masks_follow_torch_s_generator_and_checkpointing_sees_them_again(adapted) -> None:

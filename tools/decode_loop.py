@@ -284,9 +284,10 @@ class OwnLoop:
 
 
 def sampled(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own_loop: bool
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own_loop: bool | None
 ) -> GenerationConfig:
-    """The article's sampling for a chat, written in our own loop if asked, with room for a talk."""
+    """The article's sampling for a chat, with room for a talk; None: our own loop on a GPU."""
+    own_loop = model.device.type == "cuda" if own_loop is None else own_loop
     config = sampling(tokenizer)
     return compile_decoding(model, config, OwnLoop(room=1024)) if own_loop else config
 

@@ -68,6 +68,7 @@ def settings(profile: Profile, watched: bool, seed: int, folder: str) -> dict[st
         max_grad_norm=0.3, optim=profile.optim, bf16=profile.compute_dtype is torch.bfloat16,
         fp16=profile.compute_dtype is torch.float16,
         activation_checkpointing=profile.gradient_checkpointing,
+        activation_checkpointing_kwargs={"every_n_layers": profile.checkpoint_every},
         train_sampling_strategy="sequential", eval_strategy=when, eval_steps=profile.eval_steps,
         eval_on_start=watched, save_strategy=when, save_steps=profile.eval_steps,
         save_total_limit=2, load_best_model_at_end=watched, metric_for_best_model="eval_loss",

@@ -176,9 +176,9 @@ show(figure, alt="To scale: the frozen weight W is a large square. Beside it, th
 #
 # ## 3. What makes it fast
 # On a GPU three mends make a step several times as fast. Rows are packed: laid end to end with no
-# padding, none seeing another; that takes bf16. LoRA adds onto what the 4-bit product has
-# written, and its dropout keeps no mask. Each decoder block is compiled. What that saves in memory
-# pays for keeping activations, so no block is computed twice. A fourth, `FP8`, multiplies in
+# padding, none seeing another; that takes bf16. The 4-bit product adds onto what
+# LoRA has written, and dropout keeps no mask. Each decoder block is compiled. What that saves in
+# memory pays for keeping activations, so few blocks are computed twice, or none. A fourth, `FP8`, multiplies in
 # eight bits; as it rounds more coarsely, it is off unless you ask. Each was measured by taking it
 # away on an H100, rows of the article's lengths.
 
@@ -206,8 +206,8 @@ print(mends)
 #
 # ## 4. Where the memory goes, and the order of rows
 # Before anything is trained, we add up what a step needs. A GPU gets the largest micro-batch of at
-# most 16 rows whose plan fits, with activations kept if that leaves it four rows, else computed again; a
-# step keeps its rows.
+# most 16 rows whose plan fits with all layers' activations kept, or most; a small GPU
+# computes every layer twice. A step keeps its rows.
 
 # %%
 from helpers.memory import GIB, memory_table, plan_memory
@@ -220,7 +220,8 @@ tokens = most_tokens(profile, mends, lengths, profile.batch_size, SEED)
 config = model.config if (is_falcon := model.config.model_type == "falcon") else FalconConfig()
 plan = plan_memory(profile, config, 1, tokens, rank, lean=mends.lean, compiled=mends.compiled)
 print(memory_table(plan), "" if is_falcon else "(it knows Falcon-7B alone)")
-print(f"{profile.batch_size} rows, at most {tokens:,} tokens; again: {profile.gradient_checkpointing}")
+again = f"one of {profile.checkpoint_every}" if profile.gradient_checkpointing else "none"
+print(f"{profile.batch_size} rows, at most {tokens:,} tokens; layers computed again: {again}")
 
 # %% [markdown]
 # We see the largest part first: it is what to make smaller if a run does not fit. Activations grow
@@ -279,6 +280,7 @@ args = SFTConfig(
     bf16=profile.compute_dtype is torch.bfloat16,
     fp16=profile.compute_dtype is torch.float16,
     activation_checkpointing=profile.gradient_checkpointing,
+    activation_checkpointing_kwargs={"every_n_layers": profile.checkpoint_every},
     train_sampling_strategy="sequential",
     eval_strategy="steps", eval_steps=profile.eval_steps, eval_on_start=True,
     save_strategy="steps", save_steps=profile.eval_steps, save_total_limit=2,

@@ -42,7 +42,7 @@ SERVE = False  # True keeps serving until you stop it; `make chat` sets it
 PORT = None  # on this machine alone; None takes a free one from 7860 on
 SHARE = False  # True asks Gradio for a public address, and wants a PASSWORD
 PASSWORD = None
-OWN_LOOP = False  # our decoding loop: timed on an H100 outside these pages; off until tried in them
+OWN_LOOP = None  # our decoding loop; None: on a GPU
 SEED = 0
 override(globals())
 
