@@ -1,4 +1,7 @@
-"""What several tests share. No test waits for a network, but for the one that asks pip."""
+"""What several tests share. No test waits for a network, but for the one that asks pip.
+
+With `-n 2`, as in `make test`, two processes share the tests; without it there is one.
+"""
 
 import os
 import shutil
@@ -8,6 +11,11 @@ from pathlib import Path
 import pytest
 
 from tools.chat_client import MOCK, Server, serve
+
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # one process then
+    LoadScopeScheduling = object
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +32,28 @@ def hook(event, args):
         print(event, args[0], file=log)
 sys.addaudithook(hook)
 """
+
+# What takes longest, in this order, so that two processes end together. A line is a group: its
+# tests stay in one process, because they share what they wait for. Any other file is a group too.
+SLOW = (
+    "test_faults.py::test_a_run_survives",
+    "test_notebooks.py::test_in_order test_notebooks.py::test_nothing test_notebooks.py::test_what",
+    "test_many_gpus.py",
+    "test_crossval.py",
+    "test_chat_browser.py test_chat_load.py",
+    "test_notebooks.py::test_alone[03",
+    "test_notebooks.py::test_the_twin",
+    "test_notebooks.py::test_alone[02",
+    "test_notebooks.py::test_alone[04",
+    "test_notebooks.py::test_alone[05",
+    "test_joined.py",
+    "test_recipe.py",
+    "test_faults.py",
+)
+
+# One of several processes has one core, and so have the processes that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -104,6 +134,32 @@ row = {"question": "Q?", "base": "on and on", "adapter": "A.", "model": f"toy, {
 Path("artifacts").mkdir(exist_ok=True)
 Path("artifacts/comparison.json").write_text(json.dumps([row]));
 """
+
+
+def group_of(nodeid: str) -> tuple[int, str]:
+    """Where a test's group stands, and the group's name."""
+    for place, line in enumerate(SLOW):
+        if any(f"/{start}" in nodeid for start in line.split()):
+            return place, line
+    return len(SLOW), nodeid.split("::")[0]
+
+
+class Groups(LoadScopeScheduling):
+    """Gives groups to the processes, as each comes to its last tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
+    config.option.loadscopereorder = False  # we have put them in order
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: group_of(item.nodeid)[0])
 
 
 @pytest.fixture(scope="session")
