@@ -5,6 +5,7 @@ With `-n 2`, as in `make test`, two processes share the tests; without it there 
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,19 +37,20 @@ sys.addaudithook(hook)
 # What takes longest, in this order, so that two processes end together. A line is a group: its
 # tests stay in one process, because they share what they wait for. Any other file is a group too.
 SLOW = (
+    "test_many_gpus.py",
     "test_faults.py::test_a_run_survives",
     "test_notebooks.py::test_in_order test_notebooks.py::test_nothing test_notebooks.py::test_what",
-    "test_many_gpus.py",
+    "test_faults.py",
     "test_crossval.py",
     "test_chat_browser.py test_chat_load.py",
-    "test_notebooks.py::test_alone[03",
-    "test_notebooks.py::test_the_twin",
-    "test_notebooks.py::test_alone[02",
-    "test_notebooks.py::test_alone[04",
-    "test_notebooks.py::test_alone[05",
     "test_joined.py",
+    "test_notebooks.py::test_alone[04",
     "test_recipe.py",
-    "test_faults.py",
+    "test_notebooks.py::test_the_twin",
+    "test_notebooks.py::test_alone[05",
+    "test_notebooks.py::test_alone[03",
+    "test_publish.py",
+    "test_notebooks.py::test_alone[02",
 )
 
 # One of several processes has one core, and so have the processes that it starts.
@@ -163,7 +165,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def started_chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Notebook 05's page with a stand-in for the model; its home and temporary files in `home`."""
     home = tmp_path_factory.mktemp("chat")
     (home / "watch").mkdir()
@@ -172,6 +174,15 @@ def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     watch = {"PYTHONPATH": str(home / "watch"), "WATCH_LOG": str(home / "watched.txt")}
     with serve(MOCK, home / "printed.txt", **places, **watch) as server:
         yield server
+        os.kill(server.pid, signal.SIGCONT)  # what is halted does not end
+
+
+@pytest.fixture(scope="module")
+def chat_server(started_chat: Server) -> Iterator[Server]:
+    """The chat page; halted after a module, since Gradio's queue takes a tenth of a core idle."""
+    os.kill(started_chat.pid, signal.SIGCONT)
+    yield started_chat
+    os.kill(started_chat.pid, signal.SIGSTOP)
 
 
 @pytest.fixture

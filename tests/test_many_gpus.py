@@ -21,6 +21,7 @@ from helpers.falcon import load_falcon
 from helpers.profiles import A100, T4, TINY
 from tests.test_notebooks import copy_of_the_tree
 from tools import many_gpus
+from tools.chat_client import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -96,7 +97,7 @@ def launch(folder: Path, n: int = 2, fsdp: bool = False, strike=("-", 0, "-"), *
     report.mkdir(exist_ok=True)
     script = folder / "run.py"
     script.write_text(RUN)
-    port = ["--num_processes", str(n), "--main_process_port", str(20000 + os.getpid() % 9999)]
+    port = ["--num_processes", str(n), "--main_process_port", str(free_port())]
     how = ["--config_file", str(root / "configs/fsdp.yaml")] if fsdp else ["--multi_gpu"]
     start = [*LAUNCH, *port, *how] if n > 1 else [sys.executable]
     fixed = {"PROFILE": "cpu", "BATCH_SIZE": 4, "ACCUMULATION": 2, "MAX_STEPS": STEPS}
