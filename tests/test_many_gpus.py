@@ -252,8 +252,10 @@ def test_fsdp_asks_for_bf16_and_brings_its_own_optimizer() -> None:
 
 def test_the_storage_changes_the_dtype_and_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked: list[int] = []  # of torch, where more threads would stay for every later test
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert many_gpus.quant_storage(A100) is torch.bfloat16
-    assert many_gpus.loading(A100).device == "cpu"
+    assert many_gpus.loading(A100).device == "cpu" and asked == [os.cpu_count()]
     plain = load_falcon(TINY.model, TINY).transformer.h[0].mlp.dense_h_to_4h.weight
     other = load_falcon(TINY.model, TINY, storage=torch.float32).transformer.h[0].mlp.dense_h_to_4h
     assert other.weight.dtype is torch.float32
