@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 STAMP  := $(VENV)/.pins-installed
 ARGS   ?=
+# Processes that share the tests; 0 is none beside pytest itself, for ARGS=-s or a debugger.
+WORKERS ?= 2
 REPO   ?=
 
 # Where CPU builds of PyTorch lie; asked first on a machine without an NVIDIA driver, and only once.
@@ -69,7 +71,7 @@ chat: $(STAMP)
 	@$(BIN)/python notebooks/py/05_gradio_chat.py SERVE=True $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/codespell

@@ -1,13 +1,22 @@
-"""What several tests share. No test waits for a network, but for the one that asks pip."""
+"""What several tests share. No test waits for a network, but for the one that asks pip.
+
+With `-n 2`, as in `make test`, two processes share the tests; without it there is one.
+"""
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tools.chat_client import MOCK, Server, serve
+
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # one process then
+    LoadScopeScheduling = object
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +33,29 @@ def hook(event, args):
         print(event, args[0], file=log)
 sys.addaudithook(hook)
 """
+
+# What takes longest, in this order, so that two processes end together. A line is a group: its
+# tests stay in one process, because they share what they wait for. Any other file is a group too.
+SLOW = (
+    "test_many_gpus.py",
+    "test_faults.py::test_a_run_survives",
+    "test_notebooks.py::test_in_order test_notebooks.py::test_nothing test_notebooks.py::test_what",
+    "test_faults.py",
+    "test_crossval.py",
+    "test_chat_browser.py test_chat_load.py",
+    "test_joined.py",
+    "test_notebooks.py::test_alone[04",
+    "test_recipe.py",
+    "test_notebooks.py::test_the_twin",
+    "test_notebooks.py::test_alone[05",
+    "test_notebooks.py::test_alone[03",
+    "test_publish.py",
+    "test_notebooks.py::test_alone[02",
+)
+
+# One of several processes has one core, and so have the processes that it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -106,8 +138,34 @@ Path("artifacts/comparison.json").write_text(json.dumps([row]));
 """
 
 
+def group_of(nodeid: str) -> tuple[int, str]:
+    """Where a test's group stands, and the group's name."""
+    for place, line in enumerate(SLOW):
+        if any(f"/{start}" in nodeid for start in line.split()):
+            return place, line
+    return len(SLOW), nodeid.split("::")[0]
+
+
+class Groups(LoadScopeScheduling):
+    """Gives groups to the processes, as each comes to its last tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> Groups:
+    config.option.loadscopereorder = False  # we have put them in order
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: group_of(item.nodeid)[0])
+
+
 @pytest.fixture(scope="session")
-def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def started_chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Notebook 05's page with a stand-in for the model; its home and temporary files in `home`."""
     home = tmp_path_factory.mktemp("chat")
     (home / "watch").mkdir()
@@ -116,6 +174,15 @@ def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     watch = {"PYTHONPATH": str(home / "watch"), "WATCH_LOG": str(home / "watched.txt")}
     with serve(MOCK, home / "printed.txt", **places, **watch) as server:
         yield server
+        os.kill(server.pid, signal.SIGCONT)  # what is halted does not end
+
+
+@pytest.fixture(scope="module")
+def chat_server(started_chat: Server) -> Iterator[Server]:
+    """The chat page; halted after a module, since Gradio's queue takes a tenth of a core idle."""
+    os.kill(started_chat.pid, signal.SIGCONT)
+    yield started_chat
+    os.kill(started_chat.pid, signal.SIGSTOP)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from helpers.falcon import load_falcon
 from helpers.profiles import A100, T4, TINY
 from tests.test_notebooks import copy_of_the_tree
 from tools import many_gpus
+from tools.chat_client import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -96,7 +97,7 @@ def launch(folder: Path, n: int = 2, fsdp: bool = False, strike=("-", 0, "-"), *
     report.mkdir(exist_ok=True)
     script = folder / "run.py"
     script.write_text(RUN)
-    port = ["--num_processes", str(n), "--main_process_port", str(20000 + os.getpid() % 9999)]
+    port = ["--num_processes", str(n), "--main_process_port", str(free_port())]
     how = ["--config_file", str(root / "configs/fsdp.yaml")] if fsdp else ["--multi_gpu"]
     start = [*LAUNCH, *port, *how] if n > 1 else [sys.executable]
     fixed = {"PROFILE": "cpu", "BATCH_SIZE": 4, "ACCUMULATION": 2, "MAX_STEPS": STEPS}
@@ -251,8 +252,10 @@ def test_fsdp_asks_for_bf16_and_brings_its_own_optimizer() -> None:
 
 def test_the_storage_changes_the_dtype_and_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    asked: list[int] = []  # of torch, where more threads would stay for every later test
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert many_gpus.quant_storage(A100) is torch.bfloat16
-    assert many_gpus.loading(A100).device == "cpu"
+    assert many_gpus.loading(A100).device == "cpu" and asked == [os.cpu_count()]
     plain = load_falcon(TINY.model, TINY).transformer.h[0].mlp.dense_h_to_4h.weight
     other = load_falcon(TINY.model, TINY, storage=torch.float32).transformer.h[0].mlp.dense_h_to_4h
     assert other.weight.dtype is torch.float32

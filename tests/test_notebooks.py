@@ -1,7 +1,7 @@
 """All five notebooks run: in order, and each alone in a folder where nothing was run before.
 
 papermill sets the constants to the CPU profile and a handful of steps, and changes nothing else.
-Everything happens in copies of the tree, two notebooks at a time.
+Everything happens in copies of the tree, two notebooks at a time, or one in each of two processes.
 """
 
 import json
@@ -76,16 +76,31 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("notebooks")
 
 
+class Jobs(dict):
+    """Runs by name, each a `Future` of what went wrong; one that is asked for starts."""
+
+    def __init__(self, base: Path, pool: ThreadPoolExecutor):
+        super().__init__()
+        self.base, self.pool = base, pool
+
+    def __missing__(self, name: str) -> Future[dict[str, str]]:
+        if name == "script":
+            self[name] = self.pool.submit(run_script, self.base / name)
+        else:
+            chosen = SLUGS if name == "order" else [name]
+            self[name] = self.pool.submit(run_notebooks, self.base / name, chosen)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def jobs(base: Path) -> Iterator[dict[str, Future[dict[str, str]]]]:
-    """Start everything at once; each test waits for its own."""
+def jobs(base: Path) -> Iterator[Jobs]:
+    """Start everything at once, unless another process runs a part; each test waits for its own."""
     kept = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     with ThreadPoolExecutor(max_workers=2) as pool:
-        started = {"order": pool.submit(run_notebooks, base / "order", SLUGS)}
-        for slug in ALONE:
-            started[slug] = pool.submit(run_notebooks, base / slug, [slug])
-        started["script"] = pool.submit(run_script, base / "script")
+        started = Jobs(base, pool)
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            [started[name] for name in ("order", *ALONE, "script")]
         yield started
         for job in started.values():
             job.cancel()
@@ -106,24 +121,24 @@ def check_page(root: Path, slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_in_order(slug: str, jobs: dict[str, Future[dict[str, str]]], base: Path) -> None:
+def test_in_order(slug: str, jobs: Jobs, base: Path) -> None:
     faults = jobs["order"].result()
     assert slug not in faults, faults[slug]
     check_page(base / "order", slug)
 
 
 @pytest.mark.parametrize("slug", ALONE)
-def test_alone(slug: str, jobs: dict[str, Future[dict[str, str]]], base: Path) -> None:
+def test_alone(slug: str, jobs: Jobs, base: Path) -> None:
     assert jobs[slug].result() == {}
     check_page(base / slug, slug)
 
 
-def test_nothing_is_written_beside_artifacts(jobs: dict[str, Future[dict[str, str]]]) -> None:
+def test_nothing_is_written_beside_artifacts(jobs: Jobs) -> None:
     faults = jobs["order"].result()
     assert "tree" not in faults, faults["tree"]
 
 
-def test_what_the_notebooks_leave(jobs: dict[str, Future[dict[str, str]]], base: Path) -> None:
+def test_what_the_notebooks_leave(jobs: Jobs, base: Path) -> None:
     jobs["order"].result()
     artifacts = base / "order/artifacts"
     assert (artifacts / "dataset").is_dir()
@@ -135,6 +150,6 @@ def test_what_the_notebooks_leave(jobs: dict[str, Future[dict[str, str]]], base:
         assert row["base"] != row["adapter"], "the adapter changes nothing"
 
 
-def test_the_twin_of_03_is_a_script(jobs: dict[str, Future[dict[str, str]]]) -> None:
+def test_the_twin_of_03_is_a_script(jobs: Jobs) -> None:
     faults = jobs["script"].result()
     assert not faults, faults["script"]

@@ -33,6 +33,7 @@ class Server:
 
     url: str
     log: Path
+    pid: int
 
     def times(self, word: str) -> list[float]:
         """When the stand-in began ("begins") or ended ("ends") its answers, in seconds."""
@@ -66,11 +67,11 @@ def serve(script: str, log: Path, *arguments: str, **env: str) -> Iterator[Serve
     port = free_port()
     given = ["PROFILE=cpu", "SERVE=True"] if script == TWIN else []
     command = [sys.executable, script, f"PORT={port}", *given, *arguments]
-    server = Server(f"http://127.0.0.1:{port}", log)
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env}
         )
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         until = time.monotonic() + 120
         while "open http" not in log.read_text():

@@ -4,6 +4,7 @@ A run is a forked child of this process, so that it can be killed and the model 
 Six steps of eight rows on the tiny Falcon, saved at every second: small enough for a test.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -105,6 +106,7 @@ class Lab:
         pairs = zip(self.pairs["prompt"], self.pairs["completion"], strict=True)
         self.lengths = [len(ids) for ids in self.tokenizer([p + c for p, c in pairs]).input_ids]
         self.killed: dict[bool, Path] = {}
+        gc.freeze()  # no child has to look through what it shares with us
         self.reference = self.run(self.new_folder("unbroken"), ours=True)
 
     def new_folder(self, name: str) -> Path:
