@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTTrainer
@@ -35,6 +36,7 @@ from benchmarks.seed import load_seed_base, seed_trainer
 from helpers.dialogues import load_dialogues, to_prompt_completion
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from helpers.profiles import A100, GIB, TINY, Profile
+from helpers.speed import lean_product
 from helpers.training import row_order
 from tools.mends import Mends, undo_double_quantization, use_mends
 from tools.results import this_command, write_result
@@ -308,6 +310,29 @@ class FirstStep(TrainerCallback):
             self.signs = torch.cat(b).sign().to(torch.int8).cpu()
 
 
+def survival(width: int = 4544) -> dict[str, float]:
+    """How much of an adapter's part is in a bf16 sum after AdamW's first step, in two orders."""
+    torch.manual_seed(0)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
+    whole = torch.randn(width, width, device=device, dtype=dtype) * 0.02
+    packed, state = quantize_4bit(whole, quant_type="nf4")
+    weight = dequantize_4bit(packed, state).to(dtype)
+    x = torch.randn(512, width, device=device, dtype=dtype)
+    thin = torch.randn(512, 32, device=device, dtype=dtype) * 0.6
+    b = 2e-4 * (torch.rand(width, 32, device=device) - 0.5).sign().to(dtype)
+    exact, part = x.double() @ weight.double().t(), thin.double() @ b.double().t()
+    orders = {
+        "the 4-bit product onto the adapter's": lean_product(
+            x, thin, b, packed, state.absmax, None, None, None
+        ),
+        "the adapter's onto a rounded product": torch.addmm(x @ weight.t(), thin, b.t()),
+    }
+    return {
+        name: (((y.double() - exact) * part).sum() / part.square().sum()).item()
+        for name, y in orders.items()
+    }
+
+
 def rounding(bench: Bench, layers: int = 4) -> dict[str, Any]:
     """Is it rounding that sets the recipes' losses apart? A few layers, against 32 bits.
 
@@ -332,7 +357,7 @@ def rounding(bench: Bench, layers: int = 4) -> dict[str, Any]:
         "without upcasts, lean": lambda: bench.ours(3, Mends(lean=True), fused=False, dropout=0.0),
     }
     plain = ("in 32 bits", "seed", "seed, 8 x 8 rows", "without upcasts", "without upcasts, lean")
-    found: dict[str, Any] = {"layers": layers}
+    found: dict[str, Any] = {"layers": layers, "survives": survival(64 if bench.small else 4544)}
     signs: dict[str, torch.Tensor] = {}
     for name, build in recipes.items():
         free()
@@ -346,8 +371,8 @@ def rounding(bench: Bench, layers: int = 4) -> dict[str, Any]:
         unlike = (first.signs != signs["in 32 bits"]).float().mean().item()
         found[name]["signs_unlike_32_bits"] = unlike
         for step, word in enumerate(("first", "second")):
-            ratio = found[name]["loss"][step] / found["in 32 bits"]["loss"][step]
-            found[name][f"{word}_loss_ratio"] = ratio
+            off = found[name]["loss"][step] / found["in 32 bits"]["loss"][step] - 1
+            found[name][f"{word}_loss_off"] = off
         del trainer
     found["signs of ours unlike seed's"] = (signs["ours"] != signs["seed"]).float().mean().item()
     bench.profile, bench.layers = sixteen, None
