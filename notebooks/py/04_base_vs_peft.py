@@ -12,7 +12,7 @@
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
 # | GPU memory, GiB | not measured yet | not measured yet | none |
-# | Minutes | not measured yet | not measured yet | about 1 |
+# | Minutes | not measured yet | not measured yet | under 1 |
 #
 # *The article* is A. Brahma's of 2023 (page 01 has it). The setup cell finds the helpers and prints
 # what we run on. In Colab it first installs the pins, and may restart the runtime once: then press
