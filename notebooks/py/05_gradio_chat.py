@@ -265,9 +265,9 @@ print(f"first sentence after {first:.1f} s, all after {time.perf_counter() - beg
 # -->
 # | | Tiny Falcon |
 # | --- | ---: |
-# | Seconds to the first sentence | 0.251 (0.21 to 0.448, n = 5) |
-# | Seconds to the whole answer | 0.83 (0.436 to 1.83, n = 5) |
-# | Seconds from Stop to the end of computing | 0.0112 (0.011 to 0.0122, n = 5) |
+# | Seconds to the first sentence | 0.339 (0.243 to 0.369, n = 5) |
+# | Seconds to the whole answer | 0.877 (0.61 to 1.58, n = 5) |
+# | Seconds from Stop to the end of computing | 0.0195 (0.0151 to 0.0202, n = 5) |
 # | Messages sent by ten people at once | 100 |
 # | Answers lost | 0 |
 # | Answers that reached somebody else | 0 |
