@@ -212,8 +212,17 @@ def _draw(model: nn.Module, args: tuple) -> None:
         model.mask_seed.random_(0, 2**31 - 1)
 
 
+def _plain(layer: LoraLinear4bit) -> bool:
+    """What `lean_product` computes, and no more: NF4 in blocks of 64, no bias, LoRA as it was."""
+    base = layer.base_layer
+    nf4 = base.weight.quant_type == "nf4" and base.weight.blocksize == 64
+    return nf4 and base.bias is None and not layer.lora_variant
+
+
 def use_lean_lora(model: nn.Module, on: bool = True) -> int:
     """Switch peft's plain 4-bit LoRA layers to `LeanLora` with `CounterDropout`, or back.
+
+    Layers with a bias, or not in NF4 with blocks of 64, stay peft's own.
 
     Args:
         model: with adapters; call it as a whole, since that is when the masks' seed is drawn. A
@@ -227,7 +236,7 @@ def use_lean_lora(model: nn.Module, on: bool = True) -> int:
         >>> use_lean_lora(nn.Linear(2, 2))
         0
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and not m.lora_variant]
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear4bit) and _plain(m)]
     if "draw_hook" in vars(model):
         vars(model).pop("draw_hook").remove()
     if on and layers:

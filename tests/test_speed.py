@@ -113,6 +113,16 @@ def test_what_a_first_step_has_learned_is_not_rounded_away() -> None:
     assert survives(onto_a_rounded_product) < 0.5
 
 
+def test_a_bias_is_not_lost(adapted) -> None:
+    """A lean layer has none: one with a bias stays peft's."""
+    ids = torch.randint(20, 900, (1, 8), generator=torch.Generator().manual_seed(3))
+    layer = next(m for m in adapted.modules() if isinstance(m, LoraLinear4bit))
+    layer.base_layer.bias = nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+    logits = adapted(input_ids=ids).logits
+    assert speed.use_lean_lora(adapted) == 4 * adapted.config.num_hidden_layers - 1
+    torch.testing.assert_close(adapted(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "once"])
 def test_the_lean_product_and_its_gradients_are_the_sum_s(nested: bool) -> None:
     torch.manual_seed(0)
