@@ -38,7 +38,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer, use_fused_attention
 from helpers.memory import plan_memory
-from helpers.profiles import A100, T4, TINY, Profile
+from helpers.profiles import A100, GIB, T4, TINY, Profile
 from helpers.training import adapters_to_fp32
 from tools.mends import Mends, undo_mends, use_mends
 from tools.results import provenance, this_command, write_result
@@ -257,7 +257,22 @@ def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     new = {group(point) for point in later["points"]}
     kept = [point for point in earlier["points"] if group(point) not in new]
     run = {key: earlier.get(key) for key in ("command", "date", "commit", "machine")}
-    return later | {"points": kept + later["points"], "earlier_run": run | {"points": len(kept)}}
+    old, now = (
+        {point_name(p): p["peak"] / GIB for p in run["points"] if p.get("peak")}
+        for run in (earlier, later)
+    )
+    both = [name for name in old if name in now]
+    replaced = {name: {"before_gib": old[name], "after_gib": now[name]} for name in both}
+    run |= {"points": len(kept), "replaced": replaced}
+    return later | {"points": kept + later["points"], "earlier_run": run}
+
+
+def point_name(point: dict[str, Any]) -> str:
+    """A point in words, as a key."""
+    mends = "+".join(key for key, on in point["mends"].items() if on) or "peft"
+    every = int(point["checkpointing"])
+    again = ("kept", "again", f"again of {every}")[min(every, 2)]
+    return f"{point['dtype']} {mends} r{point['rank']} {again} {point['batch']} x {point['length']}"
 
 
 class Bench:
@@ -436,11 +451,8 @@ def show(figures: dict[str, Any]) -> None:
         if "error" in p:
             print(p)
             continue
-        mends = "+".join(name for name, on in p["mends"].items() if on) or "peft"
-        again = "again" if p["checkpointing"] else "kept"
         print(
-            f"{p['dtype']} {mends:20} r{p['rank']:<3} {again:5} "
-            f"{p['batch']:3} x {p['length']:<5} {'(cal)' if p['calibration'] else '     '} "
+            f"{point_name(p):50} {'(cal)' if p['calibration'] else '     '} "
             f"peak {p['peak'] / 2**30:6.2f}  predicted {p['predicted'] / 2**30:6.2f} GiB  "
             f"{p.get('off', 0):+.1%}  {p['seconds']:.1f} s"
         )

@@ -6,10 +6,10 @@ fp16 with adapters in 32 bits and a gradient scaler, the allocator capped at 14.
 grow its segments, flash attention off and the memory-efficient kernel on. The original's recipe
 (`benchmarks/seed.py`, in fp16, its adapters in 32 bits, which it needs to start at all) and ours
 train in turns: original, ours at either length, each on a base loaded anew, 64 rows a step, ours as
-`fit_memory` chooses it for a T4. Then ours with other settings, most telling first, and the
-original once more. Ours takes the first steps of the profile's 150. The
-rows and their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss
-scale say something of a T4.
+`fit_memory` chooses it for a T4 (a test sees to that). Then ours with other settings, most telling
+first, and the original once more. Ours takes the first steps of the profile's 150. The rows and
+their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
+something of a T4.
 The file is written anew after each part. Writes results/<gpu>/t4_limits.json; --out names another.
 On a CPU, `--cpu-rehearsal` goes through it in fp32, with neither cap nor compilation.
 """
