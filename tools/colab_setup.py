@@ -27,8 +27,8 @@ RESTARTED = "Restarted. Press Run all again."
 def prepare(root: Path) -> str:
     """Make the repository's folder the working folder; in Colab, install its pins.
 
-    PyTorch is told to grow its blocks of GPU memory: what it held above what was in use fell from
-    1.1 times to 1.03 (results/h100/t4_limits.json).
+    PyTorch is told to grow its blocks of GPU memory, so that less is held and not used
+    (docs/memory.md).
 
     Args:
         root: the folder that holds `requirements.txt`.

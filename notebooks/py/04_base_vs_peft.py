@@ -421,7 +421,7 @@ steady.min_new_tokens = 64
 ways = {"as it is": steady}
 if COMPILE and profile.on_gpu:
     ways["compiled"] = compile_decoding(base, steady)
-if profile.on_gpu if OWN_LOOP is None else OWN_LOOP:
+if OWN_LOOP or (OWN_LOOP is None and profile.on_gpu):
     ways["in our own loop"] = compile_decoding(base, steady, OwnLoop())
 
 # %% [markdown]
