@@ -67,6 +67,7 @@ GRID: list[tuple[str, Mends, int, bool | int, list[tuple[int, int]], list[tuple[
     ("fp16", FAST, 32, False, [(4, 512), (4, 256), (8, 256)], [(2, 512)]),
     ("fp16", FAST, 32, 4, [(8, 512), (16, 256), (4, 512)], []),
     ("fp16", FAST, 32, 2, [(8, 512), (16, 256)], []),
+    ("fp16", FAST, 32, 8, [(8, 512), (16, 256)], []),
 ]
 
 
@@ -159,8 +160,8 @@ def live_at_peak(trace: list[dict], kept: int = 60) -> dict[str, Any]:
 class Watch:
     """Bytes around each micro-batch of a trainer; `record` keeps the allocator's own record."""
 
-    def __init__(self, trainer: SFTTrainer) -> None:
-        self.trainer, self.record = trainer, False
+    def __init__(self, trainer: SFTTrainer, shared: bool = False) -> None:
+        self.trainer, self.record, self.shared = trainer, False, shared
         self.step, self.loss = trainer.training_step, trainer.compute_loss
         self.begin()
         trainer.training_step, trainer.compute_loss = self.training_step, self.compute_loss
@@ -208,7 +209,7 @@ class Watch:
             scaler = self.trainer.accelerator.scaler
             found |= {
                 "reserved": reserved,
-                "outside_allocator": used_gib() - reserved,
+                "outside_allocator": None if self.shared else used_gib() - reserved,
                 "loss_scale": scaler.get_scale() if scaler else None,
             }
         return found | ({"live_at_peak": self.live} if self.live else {})
@@ -263,7 +264,8 @@ def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     )
     both = [name for name in old if name in now]
     replaced = {name: {"before_gib": old[name], "after_gib": now[name]} for name in both}
-    run |= {"points": len(kept), "replaced": replaced}
+    before = {"earlier_run": earlier["earlier_run"]} if "earlier_run" in earlier else {}
+    run |= {"points": len(kept), "replaced": replaced} | before
     return later | {"points": kept + later["points"], "earlier_run": run}
 
 
@@ -279,7 +281,7 @@ class Bench:
     """The base of one dtype, and the trainers that are built on it one after the other."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.small = arguments.cpu_rehearsal
+        self.small, self.shared = arguments.cpu_rehearsal, arguments.shared
         self.model = arguments.model or TINY.model
         self.folder, self.dtype, self.base = tempfile.mkdtemp(), "", None
         self.figures: dict[str, Any] = {"points": [], "loads": {}}
@@ -350,7 +352,7 @@ class Bench:
             mends = Mends(lean=mends.lean)
         trainer = self.trainer(dtype, mends, rank, again)
         gc.collect()
-        adapters, watch = allocated() - bare, Watch(trainer)
+        adapters, watch = allocated() - bare, Watch(trainer, self.shared)
         for batch, length, calibration in sizes:
             point = {"batch": batch, "length": length, "rank": rank, "checkpointing": again,
                      "dtype": dtype, "mends": vars(mends), "calibration": calibration}  # fmt: skip
@@ -387,6 +389,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="these groups of the grid, from 0")
     parser.add_argument("--join", type=Path, help="with --only: keep this file's other groups")
     parser.add_argument("--score", type=Path, help="predict a recorded file's points again")
+    parser.add_argument("--shared", action="store_true", help="others use the card meanwhile")
     parser.add_argument("--cpu-rehearsal", action="store_true")
     arguments = parser.parse_args()
     if arguments.score:

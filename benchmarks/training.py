@@ -311,7 +311,7 @@ class FirstStep(TrainerCallback):
 
 
 def survival(width: int = 4544) -> dict[str, float]:
-    """How much of an adapter's part is in a bf16 sum after AdamW's first step, in two orders."""
+    """How much of an adapter's part is in a bf16 sum after AdamW's first step, in three orders."""
     torch.manual_seed(0)
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     whole = torch.randn(width, width, device=device, dtype=dtype) * 0.02
@@ -321,11 +321,11 @@ def survival(width: int = 4544) -> dict[str, float]:
     thin = torch.randn(512, 32, device=device, dtype=dtype) * 0.6
     b = 2e-4 * (torch.rand(width, 32, device=device) - 0.5).sign().to(dtype)
     exact, part = x.double() @ weight.double().t(), thin.double() @ b.double().t()
+    product, small = lean_product(x, width, packed, state.absmax, None, None, None), thin @ b.t()
     orders = {
-        "the 4-bit product onto the adapter's": lean_product(
-            x, thin, b, packed, state.absmax, None, None, None
-        ),
-        "the adapter's onto a rounded product": torch.addmm(x @ weight.t(), thin, b.t()),
+        "both in 32 bits, rounded once": (product + small).to(dtype),
+        "addmm: the 4-bit product onto the adapter's": torch.addmm(small, x, weight.t()),
+        "addmm: the adapter's onto a rounded product": torch.addmm(x @ weight.t(), thin, b.t()),
     }
     return {
         name: (((y.double() - exact) * part).sum() / part.square().sum()).item()

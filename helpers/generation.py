@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from queue import Empty
 
 import torch
@@ -124,7 +124,7 @@ def generate_texts(
         (n,) `Generation`; `finished` is True if the model wrote the end-of-text token itself.
     """
     done: list[Generation] = []
-    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stop)] if stop else [])
+    criteria = StoppingCriteriaList([_stop_at(tokenizer, stop)] if stop else [])
     for start in range(0, len(prompts), batch_size):
         inputs = _encode(tokenizer, list(prompts[start : start + batch_size]), model.device)
         torch.manual_seed(seed)
@@ -138,6 +138,12 @@ def generate_texts(
             text = tokenizer.decode(row, skip_special_tokens=True)
             done.append(Generation(text, finished, len(row) + finished))
     return done
+
+
+@lru_cache(maxsize=4)
+def _stop_at(tokenizer: PreTrainedTokenizerBase, text: str) -> StopStringCriteria:
+    """The criterion that ends at a text, made once: it looks at every word of the vocabulary."""
+    return StopStringCriteria(tokenizer, text)
 
 
 class _StopOn(StoppingCriteria):
@@ -172,7 +178,7 @@ def _generate_in_thread(
     streamer = TextIteratorStreamer(
         chat.tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True
     )
-    criteria = StoppingCriteriaList([_StopOn(stop), StopStringCriteria(chat.tokenizer, HUMAN)])
+    criteria = StoppingCriteriaList([_StopOn(stop), _stop_at(chat.tokenizer, HUMAN)])
 
     def work() -> None:
         try:

@@ -119,61 +119,65 @@ class CounterDropout(nn.Module):
         return torch.where(kept.view_as(x), x / (1 - self.p), torch.zeros_like(x))
 
 
-def _unpacked(x: Tensor, shape: tuple[int, int], packed: Tensor, *scales: Tensor | None) -> Tensor:
-    """The weight by bitsandbytes' own kernels, (out, in) as `shape` says, in the dtype of `x`."""
-    absmax, absmax2, code2, offset = scales
+def _unpacked(
+    shape: tuple[int, int], dtype: torch.dtype, packed: Tensor, absmax: Tensor,
+    absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The weight by bitsandbytes' own kernels, (out, in) as `shape` says."""
     ops = torch.ops.bitsandbytes
     if absmax2 is not None:
         absmax = ops.dequantize_blockwise(absmax, absmax2, code2, 256, torch.float32) + offset
-    return ops.dequantize_4bit(packed.view(-1, 1), absmax, 64, "nf4", shape, x.dtype)
+    return ops.dequantize_4bit(packed.view(-1, 1), absmax, 64, "nf4", shape, dtype)
 
 
 @torch.library.custom_op("helpers::lean_product", mutates_args=())
 def lean_product(
-    x: Tensor, thin: Tensor, b: Tensor, packed: Tensor, absmax: Tensor,
+    x: Tensor, out: int, packed: Tensor, absmax: Tensor,
     absmax2: Tensor | None, code2: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`thin @ b.T + x @ W.T`, the sum rounded once; W is unpacked here and kept by none.
+    """`x @ W.T` in 32 bits, as the tensor cores sum it up; W is unpacked here and kept by none.
 
-    A part smaller than half a step of a sum is lost where it is added to a product that is already
-    rounded: in bf16, most of what the first steps of training have learned. The compiler sees one
-    operation, of which it keeps no W, and which it computes again where checkpointing asks for it.
+    What an adapter adds is smaller than half a step of a bf16 product for many training steps: onto
+    a product that is rounded already it would be lost. Onto this one it is not, and the sum is
+    rounded once. `torch.addmm` does not help: on an H100 it rounds the product before it adds. The
+    compiler sees one operation, of which it keeps no W, and which it computes again where
+    checkpointing asks for it.
 
     Args:
         x: (n, in) 16 or 32 bits.
-        thin: (n, rank), the adapter's input through A; `b` (out, rank), scaled; dtype of `x`.
+        out: rows of W.
         packed, absmax, absmax2, code2, offset: of a bitsandbytes NF4 weight with blocks of 64; the
             last three are None without double quantization.
 
     Returns:
-        (n, out), dtype of `x`.
+        (n, out) float32.
 
     Example:
-        >>> one, zero = torch.ones(1), torch.zeros(1, dtype=torch.uint8)
-        >>> byte = torch.full((32, 1), 0x77, dtype=torch.uint8)    # 64 weights of level 0
-        >>> lean_product(torch.ones(1, 64), 2 * one[None], one[None], byte, one, None, None, None)
-        tensor([[2.]])
+        >>> one = torch.ones(1)
+        >>> byte = torch.full((32, 1), 0xFF, dtype=torch.uint8)    # 64 weights of level 1
+        >>> lean_product(torch.ones(1, 64), 1, byte, one, None, None, None)
+        tensor([[64.]])
     """
-    shape = b.shape[0], x.shape[1]
-    weight = _unpacked(x, shape, packed, absmax, absmax2, code2, offset)
-    return (thin @ b.t()).addmm_(x, weight.t())
+    weight = _unpacked((out, x.shape[1]), x.dtype, packed, absmax, absmax2, code2, offset)
+    if x.is_cuda and x.dtype is not torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.t().float()
 
 
 @lean_product.register_fake
-def _(x: Tensor, thin: Tensor, b: Tensor, *weight: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], b.shape[0])
+def _(x: Tensor, out: int, *weight: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], out, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, *rest = inputs
-    ctx.width = x.shape[1]
-    ctx.save_for_backward(*rest)
+    x, out, *weight = inputs
+    ctx.shape, ctx.dtype = (out, x.shape[1]), x.dtype
+    ctx.save_for_backward(*weight)
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple:
-    thin, b, packed, *scales = ctx.saved_tensors
-    weight = _unpacked(g, (b.shape[0], ctx.width), packed, *scales)
-    return g @ weight, g @ b, g.t() @ thin, *[None] * 5
+    weight = _unpacked(ctx.shape, ctx.dtype, *ctx.saved_tensors)
+    return g.to(ctx.dtype) @ weight, *[None] * 6
 
 
 lean_product.register_autograd(_gradients, setup_context=_save)
@@ -183,7 +187,7 @@ class LeanLora(LoraLinear4bit):
     """peft's 4-bit LoRA layer with one adapter: the same sum, in fewer passes over memory.
 
     peft clones the base's output, computes the adapter in 32 bits outside autocast, scales and
-    adds. Here one product adds onto the other's, in the dtype of the input.
+    adds. Here both products run in the dtype of the input, and their sum is rounded once.
     """
 
     float8 = False
@@ -194,15 +198,18 @@ class LeanLora(LoraLinear4bit):
             return super().forward(x, *args, **kwargs)
         name = self.active_adapters[0]
         a, b = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight * self.scaling[name]
-        thin = nn.functional.linear(self.lora_dropout[name](x), a).flatten(0, -2)
-        if self.float8:
-            y = product8(self, x)
-            return torch.addmm(y.flatten(0, -2), thin, b.to(x.dtype).t()).view_as(y)
+        thin = nn.functional.linear(self.lora_dropout[name](x), a)
+        product = product8(self, x) if self.float8 else self.product(x)
+        return (product + nn.functional.linear(thin, b.to(x.dtype))).to(x.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The base's product, (..., in) to (..., out) float32."""
         weight, state = self.base_layer.weight, self.base_layer.weight.quant_state
         second = (None,) * 3
         if state.nested:
             second = state.state2.absmax, state.state2.code, state.offset
-        y = lean_product(x.flatten(0, -2), thin, b.to(x.dtype), weight, state.absmax, *second)
+        rows = x.flatten(0, -2)
+        y = lean_product(rows, state.shape[0], weight, state.absmax, *second)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -333,13 +340,15 @@ class Product8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, *weight: Tensor | tuple) -> Tensor:
-        """(..., in) to (..., out)."""
+        """(..., in) to (..., out) float32."""
         *parts, peak, shape = weight
         ctx.save_for_backward(*parts, peak)
-        ctx.shape = shape
+        ctx.shape, ctx.dtype = shape, x.dtype
         x8, x_scale = to_float8(x.flatten(0, -2))
         w8, w_scale = to_float8(unpack(*parts, shape), peak)
-        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, out_dtype=x.dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            x8, w8.t(), x_scale, w_scale, out_dtype=torch.float32, use_fast_accum=True
+        )
         return y.view(*x.shape[:-1], shape[0])
 
     @staticmethod
@@ -350,7 +359,7 @@ class Product8(torch.autograd.Function):
         parts = (w, absmax, code + 0 * g_scale, *rest)
         w8, w_scale = to_float8(unpack(*parts, ctx.shape), peak)
         columns = w8.t().contiguous().t()
-        dx = torch._scaled_mm(g8, columns, g_scale, w_scale, out_dtype=gradient.dtype)
+        dx = torch._scaled_mm(g8, columns, g_scale, w_scale, out_dtype=ctx.dtype)
         return dx.view(*gradient.shape[:-1], ctx.shape[1]), *[None] * (2 + len(parts))
 
 

@@ -118,15 +118,15 @@ def test_a_resumed_optimizer_is_no_longer_paged() -> None:
 @pytest.mark.parametrize(
     ("profile", "mends", "longest", "gib", "expected"),
     [
-        (T4, FAST, 512, 14.75, (8, 8, 4)),
-        (T4, FAST, 256, 14.75, (16, 4, 4)),
+        (T4, FAST, 512, 14.75, (8, 8, 8)),
+        (T4, FAST, 256, 14.75, (16, 4, 8)),
         (T4, LEAN, 512, 14.75, (16, 4, 1)),
         (T4, PEFT, 512, 14.75, (16, 4, 1)),
         (T4, FAST, 512, 8, (8, 8, 1)),
         (A100, BEST, 512, 39.4, (16, 4, 0)),
         (A100, BEST, 512, 79.2, (16, 4, 0)),
         (A100, BEST, 512, 15, (16, 4, 2)),
-        (A100, BEST, 512, 13, (8, 8, 0)),
+        (A100, BEST, 512, 12, (8, 8, 0)),
     ],
 )
 def test_micro_batch_and_checkpointing_come_from_the_plan(

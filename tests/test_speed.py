@@ -107,10 +107,26 @@ def test_what_a_first_step_has_learned_is_not_rounded_away() -> None:
     def survives(y: Tensor) -> float:
         return (((y.double() - exact) * part).sum() / part.square().sum()).item()
 
-    ours = speed.lean_product(x, thin, b, packed, state.absmax, None, None, None)
-    assert survives(ours) == pytest.approx(1, abs=0.05)
+    product = speed.lean_product(x, 512, packed, state.absmax, None, None, None)
+    assert survives((product + thin @ b.t()).bfloat16()) == pytest.approx(1, abs=0.05)
     onto_a_rounded_product = torch.addmm(x @ weight.t(), thin, b.t())
     assert survives(onto_a_rounded_product) < 0.5
+
+
+def test_a_lean_layer_rounds_the_sum_of_both_products_once(adapted) -> None:
+    """As the test above, through a layer of the model, in bf16."""
+    layer = next(m for m in adapted.modules() if isinstance(m, LoraLinear4bit))
+    speed.use_lean_lora(adapted.eval())
+    base, name = layer.base_layer, layer.active_adapters[0]
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).bfloat16().double()
+    a, b = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
+    a.copy_(torch.randn_like(a) * 0.06)
+    b.copy_((torch.randint(0, 2, b.shape) * 2 - 1) * 2e-4)
+    x = torch.randn(4096, layer.in_features).bfloat16() * 20
+    thin = nn.functional.linear(x, a.bfloat16()).double()
+    part = thin @ b.bfloat16().double().t() * layer.scaling[name]
+    off = layer(x).double() - x.double() @ weight.t()
+    assert ((off * part).sum() / part.square().sum()).item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_bias_is_not_lost(adapted) -> None:
@@ -124,18 +140,17 @@ def test_a_bias_is_not_lost(adapted) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "once"])
-def test_the_lean_product_and_its_gradients_are_the_sum_s(nested: bool) -> None:
+def test_the_lean_product_and_its_gradient_are_the_plain_one_s(nested: bool) -> None:
     torch.manual_seed(0)
     packed, state = quantize_4bit(torch.randn(96, 64), quant_type="nf4", compress_statistics=nested)
     second = (state.state2.absmax, state.state2.code, state.offset) if nested else (None,) * 3
-    given = [torch.randn(n, k, requires_grad=True) for n, k in ((5, 64), (5, 4), (96, 4))]
-    x, thin, b = given
-    y = speed.lean_product(x, thin, b, packed, state.absmax, *second)
-    plain = thin @ b.t() + x @ dequantize_4bit(packed, state).t()
+    x = torch.randn(5, 64, requires_grad=True)
+    y = speed.lean_product(x, 96, packed, state.absmax, *second)
+    plain = x @ dequantize_4bit(packed, state).t()
     torch.testing.assert_close(y, plain)
-    ours, theirs = (torch.autograd.grad(v.square().sum(), given) for v in (y, plain))
+    ours, theirs = (torch.autograd.grad(v.square().sum(), x) for v in (y, plain))
     torch.testing.assert_close(ours, theirs)
-    torch.library.opcheck(speed.lean_product, (x, thin, b, packed, state.absmax, *second))
+    torch.library.opcheck(speed.lean_product, (x, 96, packed, state.absmax, *second))
 
 
 def test_masks_follow_torch_s_generator_and_checkpointing_sees_them_again(adapted) -> None:

@@ -130,7 +130,11 @@ class Shares:
     voice: float = 0.0  # answers in the dialogues' own voice, among the tagged turns
     transcripts: float = 0.45
     magazines: float = 0.15
+    stories: float = 0.4  # prose, among the pieces of a magazine
     articles: float = 0.08  # the rest of the pages are questions and answers without tags
+    spliced: float = 0.1  # pairs of facts made one sentence, in answers
+    short: float = 0.0  # of all transcripts: one to four turns
+    open: float = 0.0  # of all pages: they end with their text, without a footer
 
 
 class Pages:
@@ -141,11 +145,10 @@ class Pages:
         self.facts, self.passages, self.prose = text.facts, text.passages, text.prose
         self.answers = text.answers
         self.shares = shares
-        facts = self.facts
-        words = {w for line in facts for f in line["facts"] for w in f.split()[1:]}
+        words = {w for line in self.facts for f in line["facts"] for w in f.split()[1:]}
         self.plain = {w for w in words if w.islower()}  # words that need no capital
         self.by_topic: dict[str, dict[str, dict]] = {}
-        for line in facts:
+        for line in self.facts:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
         self.voices: list[dict] = []
@@ -182,7 +185,7 @@ class Pages:
                 and first in self.plain
                 and out[-1] == last
                 and last.endswith(".")
-                and self.rng.random() < 0.1
+                and self.rng.random() < self.shares.spliced
             ):
                 link = self.rng.choice((", and ", "; "))
                 out[-1] = out[-1][:-1] + link + sentence[0].lower() + sentence[1:]
@@ -235,7 +238,8 @@ class Pages:
 
     def transcript(self) -> str:
         rng = self.rng
-        n = rng.randint(6, 14)
+        few = self.shares.short and rng.random() < self.shares.short
+        n = rng.randint(1, 4) if few else rng.randint(6, 14)
         if rng.random() < 0.25:  # one person stays with one topic
             lines = list(self.by_topic[rng.choice(list(self.by_topic))].values())
             return "\n".join(self.pair(rng.choice(lines)) for _ in range(n))
@@ -271,7 +275,7 @@ class Pages:
         """Pieces of prose, or passages, one below the other."""
         rng, parts = self.rng, []
         for _ in range(rng.randint(2, 4)):
-            if self.prose and rng.random() < 0.4:
+            if self.prose and rng.random() < self.shares.stories:
                 piece = rng.choice(self.prose)
                 parts.append(f"{piece['topic'].capitalize()}\n\n{piece['text']}")
             else:
@@ -292,7 +296,8 @@ class Pages:
             body = self.article()
         else:
             body = self.questions_page()
-        return f"{body}\n\n{self.footer()}"
+        ends = shares.open and self.rng.random() < shares.open
+        return body if ends else f"{body}\n\n{self.footer()}"
 
 
 def held_out_ngrams(dialogues: Path) -> set[tuple[str, ...]]:
@@ -622,7 +627,7 @@ def parse() -> argparse.Namespace:
         add(f"--share-{share.name}", type=float, default=share.default)
     add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
-    add("--anchor", type=float, default=-13.0)
+    add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
     return parser.parse_args()
 
 
@@ -643,6 +648,8 @@ def main() -> None:
     held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)
+    with torch.no_grad():  # all logits at once: no probability changes, only the penalty's weight
+        model.transformer.ln_f.bias[0] -= 8 * args.sink
     shards = save(copy.deepcopy(model), tokenizer, Path(args.out))  # before the slow scoring
     report |= {"parameters": sum(p.numel() for p in model.parameters())}
     report |= {

@@ -19,7 +19,7 @@ from helpers.training import row_order
 from tools.many_gpus import is_sharded
 
 CONTEXT = 0.7 * GIB  # what a process takes beside the allocator: measured, results/h100/memory.json
-RESERVE = 1.1  # what the allocator held over what was in use; same file, once as much as 1.16
+RESERVE = 1.05  # what it holds over what is in use, as its segments grow: t4_limits.json
 MOST_ROWS = 16  # of a micro-batch: more was never timed
 
 
@@ -122,10 +122,11 @@ def fit_memory(
     """Choose micro-batch and checkpointing for a GPU from the plan; a step keeps its rows.
 
     As many rows as fit, up to the article's 16 and at least eight, with the activations of all
-    layers kept, or of all but every fourth or every second. Else at least four rows with all kept;
-    else every layer is computed again, again with as many rows as fit. The plan counts the largest
-    micro-batch of the run, and an optimizer whose state came back from a checkpoint. `CONTEXT`
-    and `RESERVE` stand for what is not the allocator's, and for what it holds and does not use.
+    layers kept, or of all but every eighth, fourth or second. Else at least four rows with all
+    kept; else every layer is computed again, again with as many rows as fit. The plan counts the
+    largest micro-batch of the run, and an optimizer whose state came back from a checkpoint.
+    `CONTEXT` and `RESERVE` stand for what is not the allocator's, and for what it holds and does
+    not use.
 
     Args:
         profile, mends: the run's.
@@ -142,7 +143,7 @@ def fit_memory(
         >>> profile = fit_memory(T4, Mends(lean=True, compiled=True), FalconConfig(), [300] * 9,
         ...                      memory=15 * GIB)
         >>> profile.batch_size, profile.gradient_checkpointing, profile.checkpoint_every
-        (16, True, 2)
+        (16, True, 4)
     """
     if not profile.on_gpu or config.model_type != "falcon" or is_sharded():
         return profile
@@ -150,7 +151,7 @@ def fit_memory(
     rows = profile.batch_size * profile.accumulation
     sizes = [n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0]
     sizes = [profile.batch_size] if fixed else sizes
-    some = [(n, every) for n in sizes for every in (0, 4, 2) if n >= 8 or fixed]
+    some = [(n, every) for n in sizes for every in (0, 8, 4, 2) if n >= 8 or fixed]
     few = [(n, 0) for n in sizes if 4 <= n < 8]
     for batch, every in some + few + [(n, 1) for n in sizes]:
         tokens = most_tokens(profile, mends, lengths, batch, seed)
