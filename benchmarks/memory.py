@@ -249,12 +249,13 @@ def score(figures: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def group(point: dict[str, Any]) -> tuple:
+    """What the points of one group of the grid have in common."""
+    return tuple(str(point.get(key)) for key in ("dtype", "mends", "rank", "checkpointing"))
+
+
 def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Today's points in the place of an earlier run's of the same groups, whose rest stays."""
-
-    def group(point: dict[str, Any]) -> tuple:
-        return tuple(str(point.get(key)) for key in ("dtype", "mends", "rank", "checkpointing"))
-
     new = {group(point) for point in later["points"]}
     kept = [point for point in earlier["points"] if group(point) not in new]
     run = {key: earlier.get(key) for key in ("command", "date", "commit", "machine")}
@@ -267,6 +268,23 @@ def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     before = {"earlier_run": earlier["earlier_run"]} if "earlier_run" in earlier else {}
     run |= {"points": len(kept), "replaced": replaced} | before
     return later | {"points": kept + later["points"], "earlier_run": run}
+
+
+def together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """A run that was cut, and a second of the same commit with the groups that it lacked.
+
+    The first may be joined to an older one already: of that, groups in the second give way.
+    """
+    if first["commit"] != second["commit"]:
+        raise ValueError("the two runs are of different commits: --join them instead")
+    whole = [point for point in second["points"] if "error" not in point]
+    new = {group(point) for point in whole}
+    older = first.get("earlier_run", {"points": 0})
+    old, now = first["points"][: older["points"]], first["points"][older["points"] :]
+    old, now = ([p for p in ps if "error" not in p and group(p) not in new] for ps in (old, now))
+    run = {key: second[key] for key in ("command", "date", "commit", "machine")}
+    both = first | {"points": old + now + whole, "continued": run | {"points": len(whole)}}
+    return both | ({"earlier_run": older | {"points": len(old)}} if older["points"] else {})
 
 
 def point_name(point: dict[str, Any]) -> str:
@@ -389,6 +407,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="these groups of the grid, from 0")
     parser.add_argument("--join", type=Path, help="with --only: keep this file's other groups")
     parser.add_argument("--score", type=Path, help="predict a recorded file's points again")
+    parser.add_argument("--together", type=Path, nargs=2, help="a cut run's file and its rest's")
     parser.add_argument("--shared", action="store_true", help="others use the card meanwhile")
     parser.add_argument("--cpu-rehearsal", action="store_true")
     arguments = parser.parse_args()
@@ -403,6 +422,10 @@ def main() -> None:
             json.dumps(figures, indent=2) + "\n"
         )
         show(figures)
+        return
+    if arguments.together:
+        both = together(*(json.loads(path.read_text()) for path in arguments.together))
+        Path(arguments.out).write_text(json.dumps(score(both), indent=2) + "\n")
         return
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on uncompiled
     bench = Bench(arguments)

@@ -62,10 +62,15 @@ VARIANTS: dict[str, dict[str, Any]] = {  # after `ours`, in the order in which t
 LESS_MEMORY = ("8 x 8 rows", "8 x 8 rows, checkpointing")
 
 
+OTHERS = ("second_run", "third_run", "fourth_run", "fifth_run", "sixth_run")
+KEPT = ("command", "date", "commit", "machine", "ablation", "rounding", "note")
+
+
 def memory_points(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Variants that take less memory: their share of the original's peak, and times its speed."""
-    seed = figures.get("seed", {})
-    measured = figures["ablation"] | figures.get("second_run", {}).get("ablation", {})
+    seed, measured = figures.get("seed", {}), {}
+    for run in (*(figures.get(name, {}) for name in OTHERS[::-1]), figures):
+        measured |= run.get("ablation", {})
     found = {name: measured[name] for name in LESS_MEMORY if "peak_gib" in measured.get(name, {})}
     return {
         name: {
@@ -77,10 +82,32 @@ def memory_points(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """A run that was cut short and, under `second_run`, one with --only what it lacked."""
+def joined(first: dict[str, Any], *others: dict[str, Any], note: str = "") -> dict[str, Any]:
+    """The newest run, and of older ones, or ones with --only, what it lacks.
+
+    Each goes under a name of its own, with where it comes from; a file that was joined before
+    brings its runs along. `note` is for those of
+    another commit that have none.
+
+    Example:
+        >>> new, old = {"ablation": {"a": {"n": 2}}}, {"date": "May", "ablation": {"b": {"n": 1}}}
+        >>> joined(new, old)["second_run"]
+        {'date': 'May', 'ablation': {'b': {'n': 1}}}
+    """
     whole = {name: v for name, v in first["ablation"].items() if "error" not in v}
-    both = first | {"ablation": whole, "second_run": second}
+    runs = [r for run in others for r in (run, *(run[name] for name in OTHERS if name in run))]
+    both, seen = first | {"ablation": whole}, set(whole)
+    if "error" in both.get("rounding", {}):
+        both.pop("rounding")
+    for name, run in zip(OTHERS, runs, strict=False):
+        kept = {key: run[key] for key in KEPT if key in run}
+        rows = run.get("ablation", {}).items()
+        kept["ablation"] = {n: v for n, v in rows if n not in seen and "error" not in v}
+        seen |= set(kept["ablation"])
+        other = note and "note" not in kept and run.get("commit") != first.get("commit")
+        both[name] = kept | ({"note": note} if other else {})
+    if "ours" in both.get("without_dropout", {}):
+        both["without_dropout"] |= {"apart": apart(both["without_dropout"])}
     return both | {"memory_points": memory_points(both)}
 
 
@@ -295,7 +322,18 @@ def losses(bench: Bench) -> dict[str, Any]:
         log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         found[name] = {key: [entry[key] for entry in log] for key in ("loss", "grad_norm")}
         del trainer
-    return found
+    return found | {"apart": apart(found)}
+
+
+def apart(found: dict[str, Any]) -> list[float]:
+    """Our losses above the original's, step by step, as shares.
+
+    Example:
+        >>> apart({"seed": {"loss": [4.0, 2.0]}, "ours": {"loss": [4.0, 1.0]}})
+        [0.0, -0.5]
+    """
+    pairs = zip(found["seed"]["loss"], found["ours"]["loss"], strict=True)
+    return [ours / seed - 1 for seed, ours in pairs]
 
 
 class FirstStep(TrainerCallback):
@@ -391,10 +429,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=470, help="begin no variant after these")
     parser.add_argument("--only", nargs="*", help="these variants of ours, and nothing else")
     parser.add_argument("--cpu-rehearsal", action="store_true")
-    parser.add_argument("--join", nargs=2, type=Path, help="a cut run's file and a second's, only")
+    parser.add_argument("--join", nargs="+", type=Path, help="put these runs together, no more")
+    parser.add_argument("--note", default="", help="with --join: on runs of other commits")
     arguments = parser.parse_args()
     if arguments.join:
-        both = joined(*(json.loads(path.read_text()) for path in arguments.join))
+        both = joined(*(json.loads(p.read_text()) for p in arguments.join), note=arguments.note)
         Path(arguments.out).write_text(json.dumps(both, indent=2) + "\n")
         return
     began, bench, figures = time.perf_counter(), Bench(arguments), {"ablation": {}}

@@ -140,10 +140,7 @@ def generate_texts(
     return done
 
 
-@lru_cache(maxsize=4)
-def _stop_at(tokenizer: PreTrainedTokenizerBase, text: str) -> StopStringCriteria:
-    """The criterion that ends at a text, made once: it looks at every word of the vocabulary."""
-    return StopStringCriteria(tokenizer, text)
+_stop_at = lru_cache(maxsize=4)(StopStringCriteria)  # each looks the whole vocabulary through
 
 
 class _StopOn(StoppingCriteria):

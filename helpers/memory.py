@@ -24,7 +24,7 @@ KEPT = {  # h16, ffn16, h32, ffn32, h8, ffn8, kv16, kv32
 # with kept activations, at its worst when it is computed again, and beside an unpacked weight.
 MOMENT = {
     (True, False): (24, 45.6, 6),
-    (True, True): (5, 11, 5),
+    (True, True): (25, 38.2, 5),
     (False, False): (21, 47.6, 8),
     (False, True): (23, 29, 10),
 }
@@ -131,8 +131,7 @@ def _layer(
         return layer, max(kept, beside + weight)
     products = tokens * size * (h + kv + ffn) * compiled
     stays = hidden * (1 if lean else 4 / size) + products * (not lean)
-    again = redone + products * lean + weight
-    return stays, again if compiled else max(redone, layer + beside + weight)
+    return stays, max(redone, layer + beside + weight)
 
 
 def memory_table(plan: dict[str, float]) -> str:

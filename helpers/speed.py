@@ -205,11 +205,9 @@ class LeanLora(LoraLinear4bit):
     def product(self, x: Tensor) -> Tensor:
         """The base's product, (..., in) to (..., out) float32."""
         weight, state = self.base_layer.weight, self.base_layer.weight.quant_state
-        second = (None,) * 3
-        if state.nested:
-            second = state.state2.absmax, state.state2.code, state.offset
-        rows = x.flatten(0, -2)
-        y = lean_product(rows, state.shape[0], weight, state.absmax, *second)
+        double = state.nested and (state.state2.absmax, state.state2.code, state.offset)
+        second = double or (None,) * 3
+        y = lean_product(x.flatten(0, -2), state.shape[0], weight, state.absmax, *second)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -14,7 +14,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import FalconConfig
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.memory import BEST, FAST, GRID, LEAN, PEFT, joined, live_at_peak, rows, score
+from benchmarks.memory import (
+    BEST,
+    FAST,
+    GRID,
+    LEAN,
+    PEFT,
+    joined,
+    live_at_peak,
+    rows,
+    score,
+    together,
+)
 from benchmarks.t4_limits import OURS
 from helpers.checkpoints import CheckpointManifest, train_and_survive
 from helpers.falcon import LINEARS, load_falcon, load_tokenizer
@@ -62,10 +73,10 @@ def test_todays_plan_meets_every_recorded_point() -> None:
 
 
 def test_the_plan_meets_the_peaks_under_a_t4_s_limits() -> None:
-    """Three peaks of another benchmark: all layers kept, one of four computed again, and each."""
+    """Peaks of another benchmark: one layer of eight computed again, or one of four."""
     parts = json.loads((RECORDED.parent / "t4_limits.json").read_text())["parts"].values()
     found = [(p["again_of"], p) for p in parts if "peak_gib" in p and "again_of" in p]
-    assert [every for every, _ in found] == [4, 4, 0, 1]
+    assert [every for every, _ in found] == [8, 8, 4]
     for every, part in found:
         assert part["most_tokens"] == 4096
         plan = plan_memory(T4, FalconConfig(), 1, 4096, 32, every > 0, True, True, every=every or 1)
@@ -82,6 +93,20 @@ def test_a_later_run_of_some_groups_keeps_the_others() -> None:
     assert both["earlier_run"]["commit"] == "x" and both["earlier_run"]["points"] == 1
     replaced = {"b lean r1 again of 4 2 x 64": {"before_gib": 2, "after_gib": 3}}
     assert both["earlier_run"]["replaced"] == replaced
+
+
+def test_two_runs_of_one_commit_make_one_and_an_older_group_gives_way() -> None:
+    def points(*names: str) -> list[dict]:
+        return [{"dtype": n, "mends": {}, "rank": 1, "checkpointing": 0} for n in names]
+
+    told = dict.fromkeys(("command", "date", "commit", "machine"), "x")
+    late = {"error": "out of time"}
+    first = told | {"points": [*points("old", "b", "a"), late], "earlier_run": {"points": 2}}
+    both = together(first, told | {"points": points("b", "c")})
+    assert [point["dtype"] for point in both["points"]] == ["old", "a", "b", "c"]
+    assert both["earlier_run"]["points"] == 1 and both["continued"]["points"] == 2
+    with pytest.raises(ValueError, match="of different commits"):
+        together(first, told | {"commit": "y"})
 
 
 # --- what a plan says -------------------------------------------------------------------------
@@ -118,15 +143,16 @@ def test_a_resumed_optimizer_is_no_longer_paged() -> None:
 @pytest.mark.parametrize(
     ("profile", "mends", "longest", "gib", "expected"),
     [
-        (T4, FAST, 512, 14.75, (8, 8, 8)),
-        (T4, FAST, 256, 14.75, (16, 4, 8)),
+        (T4, FAST, 512, 14.75, (8, 8, 4)),
+        (T4, FAST, 256, 14.75, (16, 4, 4)),
         (T4, LEAN, 512, 14.75, (16, 4, 1)),
         (T4, PEFT, 512, 14.75, (16, 4, 1)),
-        (T4, FAST, 512, 8, (8, 8, 1)),
+        (T4, FAST, 512, 15.5, (8, 8, 8)),
+        (T4, FAST, 512, 8, (4, 16, 1)),
         (A100, BEST, 512, 39.4, (16, 4, 0)),
         (A100, BEST, 512, 79.2, (16, 4, 0)),
         (A100, BEST, 512, 15, (16, 4, 2)),
-        (A100, BEST, 512, 12, (8, 8, 0)),
+        (A100, BEST, 512, 13, (8, 8, 0)),
     ],
 )
 def test_micro_batch_and_checkpointing_come_from_the_plan(

@@ -302,8 +302,11 @@ def test_a_second_run_fills_what_the_first_lacked() -> None:
         "ablation": {"8 x 8 rows": pace(400, 8), "late": {"error": "x"}},
     }
     second = {"ablation": {"8 x 8 rows, checkpointing": pace(300, 4)}}
-    both = benchmark.joined(first, second)
-    assert list(both["ablation"]) == ["8 x 8 rows"] and both["second_run"] == second
+    old = {"commit": "x", "ablation": {"8 x 8 rows": pace(200, 9)}, "second_run": second}
+    both = benchmark.joined(first, old, note="old")
+    assert list(both["ablation"]) == ["8 x 8 rows"]
+    assert both["second_run"] == {"commit": "x", "ablation": {}, "note": "old"}
+    assert both["third_run"] == second
     assert both["memory_points"] == {
         "8 x 8 rows": {"share_of_seed_peak": 0.5, "ratio": 4},
         "8 x 8 rows, checkpointing": {"share_of_seed_peak": 0.25, "ratio": 3},

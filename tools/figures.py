@@ -63,9 +63,10 @@ def draw_speed(axis: Any, path: Path) -> None:
         ["the original's recipe", 'ours']
     """
     found = json.loads(path.read_text())
-    measured = found["ablation"] | found.get("second_run", {}).get("ablation", {})
-    bars = {"the original's recipe": found["seed"], "ours": measured["ours, alone"]}
-    bars |= {name: v for name, v in measured.items() if name[:7] == "without" and "step_s" in v}
+    bars = {"the original's recipe": found["seed"], "ours": found["ablation"]["ours, alone"]}
+    older = [run["ablation"] for name, run in found.items() if name.endswith("_run")]
+    for rows, mark in [(found["ablation"], ""), *((rows, " (earlier run)") for rows in older)]:
+        bars |= {n + mark: v for n, v in rows.items() if n[:7] == "without" and "step_s" in v}
     paces = [v["useful_tokens_per_s"]["value"] for v in bars.values()]
     colours = [COLOURS[6], COLOURS[5], *[COLOURS[2]] * (len(bars) - 2)]
     axis.barh(list(bars), paces, color=colours)

@@ -176,8 +176,8 @@ show(figure, alt="To scale: the frozen weight W is a large square. Beside it, th
 #
 # ## 3. What makes it fast
 # On a GPU three mends make a step several times as fast. Rows are packed: laid end to end with no
-# padding, none seeing another; that takes bf16. The 4-bit product adds onto what
-# LoRA has written, and dropout keeps no mask. Each decoder block is compiled. What that saves in
+# padding, none seeing another; that takes bf16. LoRA's part joins the 4-bit product before
+# it is rounded, and dropout keeps no mask. Each decoder block is compiled. What that saves in
 # memory pays for keeping activations, so few blocks are computed twice, or none. A fourth, `FP8`, multiplies in
 # eight bits; as it rounds more coarsely, it is off unless you ask. Each was measured by taking it
 # away on an H100, rows of the article's lengths.
