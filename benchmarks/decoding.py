@@ -212,6 +212,26 @@ def first_token(bench: Bench, way: str) -> dict[str, float]:
     return estimate([1000 * seconds for seconds in times])
 
 
+def unlike_prompts(bench: Bench, way: str) -> dict[str, Any]:
+    """Milliseconds to one token after prompts of lengths that were never seen, and seen again.
+
+    cuDNN plans attention anew for each length, we suspect; without it nothing is planned.
+    """
+    found: dict[str, Any] = {}
+    for planned, first in ((True, 301), (False, 321)):
+        torch.backends.cuda.enable_cudnn_sdp(planned)
+        bench.answer(way, length=first - 1, tokens=1)
+        for seen in ("never seen", "seen again"):
+            lengths = range(first, first + 7)
+            times = [clock(lambda n=n: bench.answer(way, length=n, tokens=1)) for n in lengths]
+            name = f"{seen}, {'with' if planned else 'without'} cuDNN"
+            found[name] = estimate([1000 * seconds for seconds in times])
+    pace = clock(lambda: bench.answer(way))
+    found["tokens_per_s without cuDNN"] = bench.tokens / pace
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    return found
+
+
 def where_time_goes(bench: Bench, way: str) -> dict[str, Any]:
     """The kernels of one answer, prompt included, and how long the GPU waits for the host."""
     seconds = clock(lambda: bench.answer(way))
@@ -380,6 +400,7 @@ def parts(bench: Bench, asked: argparse.Namespace) -> dict[str, tuple[list[str],
         "chat": ([LOOP], lambda: chat(bench)),
         "first_token_ms": ([JOINED], lambda: first_token(bench, JOINED)),
         "first_token_ms, own loop": ([LOOP], lambda: first_token(bench, LOOP)),
+        "first token, unlike prompts": ([LOOP], lambda: unlike_prompts(bench, LOOP)),
         "drawn": ([JOINED, LOOP], lambda: drawn(bench, JOINED, LOOP, asked.rounds)),
         "where the time goes": ([JOINED], lambda: where_time_goes(bench, JOINED)),
         "where the time goes, own loop": ([LOOP], lambda: where_time_goes(bench, LOOP)),

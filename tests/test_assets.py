@@ -51,6 +51,16 @@ def test_pages_never_end_where_an_answer_does() -> None:
     assert not [e for e in endings if "<ASSISTANT>" in e or "Answer:" in e]
 
 
+def test_pages_may_be_short_and_end_with_an_answer_if_asked() -> None:
+    text = load_text(TEXT, DIALOGUES)
+    pages = Pages(text, 1, Shares(transcripts=1, short=1, open=1))
+    found = [pages.page() for _ in range(40)]
+    assert {page.count("<HUMAN>:") for page in found} == {1, 2, 3, 4}
+    assert all("<ASSISTANT>:" in page.split("\n<HUMAN>:")[-1] for page in found)
+    last = {page.split("\n\n")[-1] for page in found}
+    assert not [end for end in last if end.startswith(("Read next", "Filed under", "See also"))]
+
+
 def test_the_text_and_the_model_are_small_enough_to_commit() -> None:
     assert sum(p.stat().st_size for p in TEXT.iterdir()) <= 14e6
     assert sum(p.stat().st_size for p in Path(TINY.model).iterdir()) <= 20e6

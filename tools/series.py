@@ -392,7 +392,7 @@ def pull(slug: str, root: Path = ROOT) -> bool:
 
 def updated_docs(root: Path = ROOT) -> dict[Path, str]:
     """The pages under docs/, their tables filled anew."""
-    pages = sorted(root.glob("docs/*.md"))
+    pages = sorted(root.glob("docs/**/*.md"))
     return {page: fill(page.read_text(), root, "../") for page in pages}
 
 
