@@ -342,11 +342,9 @@ class Product8(torch.autograd.Function):
         *parts, peak, shape = weight
         ctx.save_for_backward(*parts, peak)
         ctx.shape, ctx.dtype = shape, x.dtype
-        x8, x_scale = to_float8(x.flatten(0, -2))
-        w8, w_scale = to_float8(unpack(*parts, shape), peak)
-        y = torch._scaled_mm(
-            x8, w8.t(), x_scale, w_scale, out_dtype=torch.float32, use_fast_accum=True
-        )
+        x8, a = to_float8(x.flatten(0, -2))
+        w8, b = to_float8(unpack(*parts, shape), peak)
+        y = torch._scaled_mm(x8, w8.t(), a, b, out_dtype=torch.float32, use_fast_accum=True)
         return y.view(*x.shape[:-1], shape[0])
 
     @staticmethod

@@ -393,7 +393,8 @@ def pull(slug: str, root: Path = ROOT) -> bool:
 def updated_docs(root: Path = ROOT) -> dict[Path, str]:
     """The pages under docs/, their tables filled anew."""
     pages = sorted(root.glob("docs/**/*.md"))
-    return {page: fill(page.read_text(), root, "../") for page in pages}
+    ups = {page: "../" * (len(page.relative_to(root).parts) - 1) for page in pages}
+    return {page: fill(page.read_text(), root, ups[page]) for page in pages}
 
 
 def sync(root: Path = ROOT) -> bool:

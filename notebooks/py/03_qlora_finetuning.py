@@ -11,8 +11,8 @@
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
-# | GPU memory, GiB | 13, predicted | 12, predicted | none |
-# | Minutes | 17, predicted | 38, predicted | about 1 |
+# | GPU memory, GiB | 13, predicted | 13, predicted | none |
+# | Minutes | 17, predicted | 39, predicted | about 1 |
 # | Steps | 320 | 150 | 60 |
 #
 # *The article* is A. Brahma's of 2023 (section 12). [One screen](../docs/recipe.md) has the recipe
