@@ -316,11 +316,15 @@ class Text:
     passages: list[dict]
 
 
-def load_text(folder: Path, dialogues: Path) -> Text:
-    """The committed text without any piece that shares eight words in a row with a dialogue."""
+def load_text(folder: Path, dialogues: Path, more: bool = False) -> Text:
+    """The committed text without any piece that shares eight words in a row with a dialogue.
+
+    `more` takes the answers in the folder `more` as well, which the embedded model has not seen.
+    """
     taboo = held_out_ngrams(dialogues)
+    folders = [folder, folder / "more"][: 1 + more]
     kinds = {
-        k: [x for p in sorted(folder.glob(f"{k}*.jsonl*")) for x in read_lines(p)]
+        k: [x for f in folders for p in sorted(f.glob(f"{k}*.jsonl*")) for x in read_lines(p)]
         for k in ("facts", "prose", "answers", "passages")
     }
     for line in kinds["facts"]:
@@ -628,12 +632,15 @@ def parse() -> argparse.Namespace:
     add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
     add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
+    add("--more", action="store_true"), add("--single", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    text = load_text(Path(args.text), Path(args.dialogues))
+    text = load_text(Path(args.text), Path(args.dialogues), args.more)
+    if args.single:  # paragraphs: a line break then ends an answer, and nothing else
+        text.passages = [p | {"s": p["s"].split("\n")[0]} for p in text.passages]
     text.passages = plainest(text.passages, args.passages)
     for pieces in (text.passages, text.answers):
         random.Random(args.seed).shuffle(pieces)
