@@ -128,7 +128,8 @@ def test_clear_stops_and_forgets(page: Page, chat_server: Server) -> None:
     expect(answers(page).last).to_contain_text("Step 0.", timeout=10_000)
     page.get_by_text("Clear", exact=True).click()
     wait_idle(chat_server, ends)
-    page.wait_for_timeout(700)
+    expect(answers(page)).to_have_count(0, timeout=10_000)
+    page.wait_for_timeout(700)  # what was under way must not come back
     assert answers(page).count() == 0 and page.locator(".user.message").count() == 0
     ask(page, "Who am I", "I heard: Who am I.")
     assert "Ada" not in answers(page).last.inner_text()
