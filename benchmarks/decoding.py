@@ -218,17 +218,17 @@ def unlike_prompts(bench: Bench, way: str) -> dict[str, Any]:
     cuDNN plans attention anew for each length, we suspect; without it nothing is planned.
     """
     found: dict[str, Any] = {}
-    for planned, first in ((True, 301), (False, 321)):
-        torch.backends.cuda.enable_cudnn_sdp(planned)
-        bench.answer(way, length=first - 1, tokens=1)
-        for seen in ("never seen", "seen again"):
-            lengths = range(first, first + 7)
-            times = [clock(lambda n=n: bench.answer(way, length=n, tokens=1)) for n in lengths]
-            name = f"{seen}, {'with' if planned else 'without'} cuDNN"
-            found[name] = estimate([1000 * seconds for seconds in times])
-    pace = clock(lambda: bench.answer(way))
-    found["tokens_per_s without cuDNN"] = bench.tokens / pace
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        for planned, first in ((True, 301), (False, 321)):
+            torch.backends.cuda.enable_cudnn_sdp(planned)
+            bench.answer(way, length=first - 1, tokens=1)
+            for seen in ("never seen", "seen again"):
+                lengths = range(first, first + 7)
+                times = [clock(lambda n=n: bench.answer(way, length=n, tokens=1)) for n in lengths]
+                name = f"{seen}, {'with' if planned else 'without'} cuDNN"
+                found[name] = estimate([1000 * seconds for seconds in times])
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
     return found
 
 

@@ -86,8 +86,7 @@ def joined(first: dict[str, Any], *others: dict[str, Any], note: str = "") -> di
     """The newest run, and of older ones, or ones with --only, what it lacks.
 
     Each goes under a name of its own, with where it comes from; a file that was joined before
-    brings its runs along. `note` is for those of
-    another commit that have none.
+    brings its runs along. `note` is for those of another commit that have none.
 
     Example:
         >>> new, old = {"ablation": {"a": {"n": 2}}}, {"date": "May", "ablation": {"b": {"n": 1}}}
@@ -96,6 +95,8 @@ def joined(first: dict[str, Any], *others: dict[str, Any], note: str = "") -> di
     """
     whole = {name: v for name, v in first["ablation"].items() if "error" not in v}
     runs = [r for run in others for r in (run, *(run[name] for name in OTHERS if name in run))]
+    if len(runs) > len(OTHERS):
+        raise ValueError(f"{len(runs)} older runs, and names for {len(OTHERS)}: leave some out")
     both, seen = first | {"ablation": whole}, set(whole)
     if "error" in both.get("rounding", {}):
         both.pop("rounding")

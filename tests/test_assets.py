@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
 from helpers.profiles import TINY
-from tools.make_tiny_falcon import Pages, Shares, load_text, ngrams
+from tools.make_tiny_falcon import FOOTERS, Pages, Shares, load_text, ngrams
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, DIALOGUES = ROOT / "assets/pretraining", ROOT / "assets/sample_dialogues.jsonl"
@@ -43,6 +43,13 @@ def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_
     assert not [piece for piece in pieces if ngrams(piece) & taboo]
 
 
+def test_the_text_for_the_next_model_asks_none_of_the_dialogues_questions() -> None:
+    held = {normalise_question(q) for q in load_dialogues(str(DIALOGUES))[0]["question"]}
+    lines = [line for p in (TEXT / "more").glob("*.jsonl") for line in p.read_text().splitlines()]
+    asked = [normalise_question(json.loads(line)["question"]) for line in lines]
+    assert len(asked) > 4000 and len(set(asked)) == len(asked) and not held & set(asked)
+
+
 def test_pages_never_end_where_an_answer_does() -> None:
     """The base rambles because its pages were made so: after an answer there is always more."""
     text = load_text(TEXT, DIALOGUES)
@@ -57,12 +64,13 @@ def test_pages_may_be_short_and_end_with_an_answer_if_asked() -> None:
     found = [pages.page() for _ in range(40)]
     assert {page.count("<HUMAN>:") for page in found} == {1, 2, 3, 4}
     assert all("<ASSISTANT>:" in page.split("\n<HUMAN>:")[-1] for page in found)
-    last = {page.split("\n\n")[-1] for page in found}
-    assert not [end for end in last if end.startswith(("Read next", "Filed under", "See also"))]
+    marks = tuple(footer.split("{")[0].split("|")[0] for footer in FOOTERS)
+    assert len(marks) == 12 and all(marks)
+    assert not [page for page in found if page.split("\n\n")[-1].startswith(marks)]
 
 
 def test_the_text_and_the_model_are_small_enough_to_commit() -> None:
-    assert sum(p.stat().st_size for p in TEXT.iterdir()) <= 14e6
+    assert sum(p.stat().st_size for p in TEXT.rglob("*")) <= 14e6
     assert sum(p.stat().st_size for p in Path(TINY.model).iterdir()) <= 20e6
     assert sum(p.stat().st_size for p in Path(TINY.adapter).iterdir()) <= 3e6
 

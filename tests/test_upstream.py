@@ -67,7 +67,7 @@ def test_a_report_quotes_what_its_script_prints(
 def test_a_report_names_the_pinned_versions(name: str) -> None:
     versions = (UPSTREAM / f"{name}.md").read_text().split("**Versions.**")[1].split("**")[0]
     pairs = re.findall(r"\b(transformers|trl|peft|bitsandbytes) (\d[\d.]*\d)", versions)
-    assert pairs or "torch" in versions
+    assert pairs or name == "addmm_rounds_twice", "torch alone is not pinned"
     for package, version in pairs:
         assert importlib.metadata.version(package) == version, f"run docs/upstream/{name}.py again"
 

@@ -296,6 +296,7 @@ class Pages:
             body = self.article()
         else:
             body = self.questions_page()
+        # no draw at 0: the settings of older models compose the pages that they were trained on
         ends = shares.open and self.rng.random() < shares.open
         return body if ends else f"{body}\n\n{self.footer()}"
 
