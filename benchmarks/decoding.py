@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -215,20 +216,21 @@ def first_token(bench: Bench, way: str) -> dict[str, float]:
 def unlike_prompts(bench: Bench, way: str) -> dict[str, Any]:
     """Milliseconds to one token after prompts of lengths that were never seen, and seen again.
 
-    cuDNN plans attention anew for each length, we suspect; without it nothing is planned.
+    Once as `generate_texts` pads them, to multiples of 64, and once as they are: cuDNN plans
+    attention anew for each length.
     """
+    model, config = bench.models[WAYS[way][0]], bench.way(way, bench.settings(1, False))
     found: dict[str, Any] = {}
-    try:
-        for planned, first in ((True, 301), (False, 321)):
-            torch.backends.cuda.enable_cudnn_sdp(planned)
-            bench.answer(way, length=first - 1, tokens=1)
+    for name, multiple, first in (("padded", generation.PAD_TO, 301), ("as they are", None, 331)):
+        with patch.object(generation, "PAD_TO", multiple):
+            generate_texts(model, bench.tokenizer, [bench.words(first - 1)], config)
             for seen in ("never seen", "seen again"):
-                lengths = range(first, first + 7)
-                times = [clock(lambda n=n: bench.answer(way, length=n, tokens=1)) for n in lengths]
-                name = f"{seen}, {'with' if planned else 'without'} cuDNN"
-                found[name] = estimate([1000 * seconds for seconds in times])
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
+                prompts = [bench.words(n) for n in range(first, first + 7)]
+                times = [
+                    clock(lambda p=p: generate_texts(model, bench.tokenizer, [p], config))
+                    for p in prompts
+                ]
+                found[f"{seen}, {name}"] = estimate([1000 * seconds for seconds in times])
     return found
 
 
@@ -341,8 +343,8 @@ class Clocked(TextIteratorStreamer):
 def chat(bench: Bench) -> dict[str, Any]:
     """The chat's stream in our own loop: first token, Stop, and whether it says what a batch says.
 
-    The prompt has 300 tokens; times count from the call, the thread's start included. Stop is
-    pressed after 20 tokens; until the thread has ended, nobody else is answered.
+    The prompt has 300 tokens; times count from the call, the wait for the thread included. Stop is
+    pressed after 20 tokens; until the answer has ended, nobody else is answered.
     """
     model, tokenizer = bench.models["joined"], bench.tokenizer
     config = bench.way(LOOP, bench.settings(0, True))
@@ -352,13 +354,13 @@ def chat(bench: Bench) -> dict[str, Any]:
         """Milliseconds to each token, seconds from Stop to the end, and the text."""
         torch.manual_seed(seed)
         stop, outcome, began = threading.Event(), {}, time.perf_counter()
-        streamer, thread = generation._generate_in_thread(talk, prompt, stop, outcome)
-        while after and thread.is_alive() and len(getattr(streamer, "came", [])) <= after:
+        streamer, written = generation._generate_in_thread(talk, prompt, stop, outcome)
+        while after and not written.done() and len(getattr(streamer, "came", [])) <= after:
             time.sleep(0.001)
         pressed = time.perf_counter()
         if after:
             stop.set()
-        thread.join()
+        wait([written])
         ended = time.perf_counter() - pressed
         if "error" in outcome:
             raise outcome["error"]

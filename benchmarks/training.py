@@ -50,16 +50,20 @@ VARIANTS: dict[str, dict[str, Any]] = {  # after `ours`, in the order in which t
     "without lean LoRA and packing": {"mends": replace(ALL, lean=False, packed=False)},
     "without fused attention and packing": {"mends": replace(ALL, packed=False), "fused": False},
     "double quantization undone": {"mends": ALL, "nested": False},
+    "one layer of eight again": {"mends": ALL, "again": 8},
     "8 x 8 rows": {"mends": ALL, "batch": 8},
-    "16 x 4 rows, checkpointing": {"mends": ALL, "again": True},
-    "8 x 8 rows, checkpointing": {"mends": ALL, "batch": 8, "again": True},
+    "16 x 4 rows, checkpointing": {"mends": ALL, "again": 1},
+    "8 x 8 rows, checkpointing": {"mends": ALL, "batch": 8, "again": 1},
     "with fp8, 8 x 8 rows, checkpointing": {
-        "mends": replace(ALL, float8=True), "batch": 8, "again": True,
+        "mends": replace(ALL, float8=True), "batch": 8, "again": 1,
     },
 }  # fmt: skip
 
 
-LESS_MEMORY = ("8 x 8 rows", "8 x 8 rows, checkpointing")
+LESS_MEMORY = (
+    "one layer of eight again", "8 x 8 rows", "16 x 4 rows, checkpointing",
+    "8 x 8 rows, checkpointing",
+)  # fmt: skip
 
 
 OTHERS = ("second_run", "third_run", "fourth_run", "fifth_run", "sixth_run")
@@ -236,9 +240,9 @@ class Bench:
 
     def ours(
         self, steps: int, mends: Mends = ALL, fused: bool = True, batch: int = 16,
-        again: bool = False, dropout: float = 0.05, nested: bool = True,
+        again: int = 0, dropout: float = 0.05, nested: bool = True,
     ) -> SFTTrainer:  # fmt: skip
-        """Notebook 03's trainer on a base of its own; `again` turns checkpointing on.
+        """Notebook 03's trainer on a base of its own; one layer of `again` is computed again.
 
         Without `nested`, double quantization is undone before the first step.
         """
@@ -253,7 +257,9 @@ class Bench:
         rows = self.data(shape["per_device_train_batch_size"] * mends.packed, steps)
         trainer = seed_trainer(
             base, self.profile, rows, self.folder, steps, dropout, **shape,
-            activation_checkpointing=again, train_sampling_strategy="sequential",
+            activation_checkpointing=again > 0,
+            activation_checkpointing_kwargs={"every_n_layers": max(again, 1)},
+            train_sampling_strategy="sequential",
         )  # fmt: skip
         use_mends(trainer, mends)
         return trainer

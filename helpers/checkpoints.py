@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, load_peft_weights
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from helpers.memory import give_back, out_of_memory
+from helpers.memory import give_back, out_of_memory, page_again
 from helpers.profiles import check_disk
 
 MANIFEST, LOCK, HERE, PEFT = "manifest.json", "run.lock", "mirror.here", "adapter_config.json"
@@ -227,8 +227,9 @@ class CheckpointManifest(TrainerCallback):
         self.mark, self.mirror, self.say = mark, Path(mirror) if mirror else None, say
         self.limit, self.lock, self.presses = None, None, 0
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Take the folder, or refuse a full, read-only or used one; set later steps aside."""
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Page what came back; take the folder, or refuse a full or used one; set others aside."""
+        page_again(optimizer)
         self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
         if not state.is_world_process_zero:
             self.say = str  # says nothing

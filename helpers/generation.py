@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from queue import Empty
@@ -23,6 +24,7 @@ from helpers.prompts import HUMAN, SENTENCE, format_prompt, neutralise, post_pro
 from helpers.safety import BLOCKED_REPLY, crisis_reply, screen_input, screen_output
 
 MAX_CHARACTERS = 2000
+PAD_TO = 64  # on a GPU: cuDNN plans attention anew for each length of a prompt
 TOO_LONG = (
     f"Please keep a message under {MAX_CHARACTERS:,} characters, so that I can read all of it."
 )
@@ -81,12 +83,14 @@ def sampling(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], device: torch.device
-) -> dict[str, torch.Tensor]:
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], device: torch.device,
+    config: GenerationConfig,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Pad on the left, where it belongs before decoding; typed special tokens stay text."""
     batch = tokenizer(
-        prompts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True
-    )
+        prompts, return_tensors="pt", padding=True, padding_side="left", split_special_tokens=True,
+        pad_to_multiple_of=PAD_TO if config.cache_implementation == "static" else None,
+    )  # fmt: skip
     return {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
 
 
@@ -126,7 +130,7 @@ def generate_texts(
     done: list[Generation] = []
     criteria = StoppingCriteriaList([_stop_at(tokenizer, stop)] if stop else [])
     for start in range(0, len(prompts), batch_size):
-        inputs = _encode(tokenizer, list(prompts[start : start + batch_size]), model.device)
+        inputs = _encode(tokenizer, list(prompts[start : start + batch_size]), model.device, config)
         torch.manual_seed(seed)
         out = model.generate(
             **inputs, generation_config=config, stopping_criteria=criteria, **_own(config)
@@ -158,7 +162,8 @@ class Chat:
     """A model that people may talk to: one answer at a time, screened on both sides.
 
     `patience` is how many seconds a person waits in line before they are told "busy". `line`
-    holds who is being answered, and behind them who waits, first come, first served.
+    holds who is being answered, and behind them who waits, first come, first served. One thread
+    writes all answers: what cuDNN plans for a length holds for one thread alone.
     """
 
     model: PreTrainedModel
@@ -166,12 +171,13 @@ class Chat:
     config: GenerationConfig
     patience: float = 60.0
     line: list[object] = field(default_factory=list)
+    writer: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
 
 def _generate_in_thread(
     chat: Chat, prompt: str, stop: threading.Event, outcome: dict
-) -> tuple[TextIteratorStreamer, threading.Thread]:
-    """Start generation in a thread; returns the streamer and the thread."""
+) -> tuple[TextIteratorStreamer, Future]:
+    """Start generation in the chat's thread; returns the streamer, and what is done at its end."""
     streamer = TextIteratorStreamer(
         chat.tokenizer, skip_prompt=True, timeout=0.2, skip_special_tokens=True
     )
@@ -181,7 +187,7 @@ def _generate_in_thread(
         try:
             with torch.inference_mode():
                 out = chat.model.generate(
-                    **_encode(chat.tokenizer, [prompt], chat.model.device),
+                    **_encode(chat.tokenizer, [prompt], chat.model.device, chat.config),
                     generation_config=chat.config,
                     streamer=streamer,
                     stopping_criteria=criteria,
@@ -192,9 +198,7 @@ def _generate_in_thread(
             outcome["error"] = error
             streamer.end()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return streamer, thread
+    return streamer, chat.writer.submit(work)
 
 
 def _pieces(streamer: TextIteratorStreamer) -> Iterator[str]:
@@ -218,7 +222,7 @@ def _whole(text: str) -> str:
 
 def _stream_screened(chat: Chat, prompt: str) -> Iterator[str]:
     stop, outcome, text, shown = threading.Event(), {}, "", ""
-    streamer, thread = _generate_in_thread(chat, prompt, stop, outcome)
+    streamer, written = _generate_in_thread(chat, prompt, stop, outcome)
     try:
         for piece in _pieces(streamer):
             text += piece
@@ -231,12 +235,12 @@ def _stream_screened(chat: Chat, prompt: str) -> Iterator[str]:
         if "error" in outcome:
             yield FAILED
             return
-        thread.join()
+        wait([written])
         answer = post_process_chat(text, outcome.get("finished", False))
         yield BLOCKED_REPLY if screen_output(answer).flag else answer
     finally:  # also when the reader goes away: the GPU must be free for the next person
         stop.set()
-        thread.join(timeout=5)
+        wait([written], timeout=5)
 
 
 def stream_reply(

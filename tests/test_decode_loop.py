@@ -86,7 +86,19 @@ def test_texts_are_the_library_s_with_unlike_lengths_ends_and_stop_strings(
 
 def inputs(tokenizer, seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return generation._encode(tokenizer, PROMPTS, torch.device("cpu"))
+    return generation._encode(tokenizer, PROMPTS, torch.device("cpu"), sampling(tokenizer))
+
+
+def test_with_a_static_cache_prompts_fill_blocks_of_64_and_say_the_same(model, tokenizer) -> None:
+    """On a GPU that keeps the number of lengths small; a pad must change no word."""
+    config = draw_some(tokenizer, 12, draws=False)
+    plain = generate_texts(model, tokenizer, PROMPTS, config, batch_size=2)
+    config.cache_implementation = "static"
+    batch = generation._encode(tokenizer, PROMPTS, torch.device("cpu"), config)
+    mask = batch["attention_mask"]
+    assert mask.shape[1] % generation.PAD_TO == 0 and mask[:, -1].all() and not mask[:, 0].any()
+    for settings in (config, own(model, config)):
+        assert generate_texts(model, tokenizer, PROMPTS, settings, batch_size=2) == plain
 
 
 def test_an_end_is_held_open_and_a_longer_prompt_gets_more_room(model, tokenizer) -> None:
@@ -135,11 +147,11 @@ def test_a_stream_says_what_a_batch_of_one_says_and_the_chat_what_it_said(model,
     for settings in (config, fast):
         chat, outcome = Chat(model, tokenizer, settings), {}
         torch.manual_seed(3)
-        streamer, thread = generation._generate_in_thread(
+        streamer, written = generation._generate_in_thread(
             chat, PROMPTS[1], threading.Event(), outcome
         )
         streamed.append(("".join(generation._pieces(streamer)), outcome))
-        thread.join()
+        written.result()
         torch.manual_seed(4)
         said.append(reply(chat, "How can I sleep better?", [("Hi", "Hello.")]))
     assert len(fast.own_loop.loops) == 1
@@ -168,15 +180,34 @@ def test_stop_ends_the_loop_within_half_a_second(model, tokenizer, leaving, monk
         stream.close()
     else:
         stop = threading.Event()
-        _, thread = generation._generate_in_thread(chat, "Words and words", stop, {})
+        _, written = generation._generate_in_thread(chat, "Words and words", stop, {})
         while len(steps) < 5:
             time.sleep(0.01)
-            assert thread.is_alive(), "another loop has written"
+            assert not written.done(), "another loop has written"
         began = time.monotonic()
         stop.set()
-        thread.join()
+        written.result()
     assert time.monotonic() - began < 0.5 and len(steps) < 100
     assert chat.line == [] and not chat.config.own_loop.lock.locked()
+
+
+def test_all_answers_come_from_one_thread(model, tokenizer, monkeypatch) -> None:
+    """cuDNN plans a length for one thread: a thread for each answer would plan each time."""
+    seen, whole = [], DecodeLoop.start
+
+    def start(loop: DecodeLoop, *batch) -> None:
+        seen.append(threading.get_ident())
+        whole(loop, *batch)
+
+    monkeypatch.setattr(DecodeLoop, "start", start)
+    chat = Chat(model, tokenizer, own(model, draw_some(tokenizer, 4)))
+    others = [threading.Thread(target=reply, args=(chat, "Hello")) for _ in range(2)]
+    for each in others:
+        each.start()
+    reply(chat, "Hello")
+    for each in others:
+        each.join()
+    assert len(seen) == 3 and len(set(seen)) == 1 and threading.get_ident() not in seen
 
 
 def test_an_error_in_the_loop_is_told_and_leaves_it_free(model, tokenizer, monkeypatch) -> None:

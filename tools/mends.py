@@ -157,7 +157,7 @@ def fit_memory(
         tokens = most_tokens(profile, mends, lengths, batch, seed)
         plan = plan_memory(
             profile, config, 1, tokens, rank, every > 0, mends.lean, mends.compiled,
-            resumed=True, every=every or 1,
+            every=every or 1,
         )  # fmt: skip
         if sum(plan.values()) * RESERVE + CONTEXT <= memory:
             break
