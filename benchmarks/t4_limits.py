@@ -10,7 +10,9 @@ train in turns: original, ours at either length, each on a base loaded anew, 64 
 first, and the original once more. Ours takes the first steps of the profile's 150. The rows and
 their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
 something of a T4.
-The file is written anew after each part. Writes results/<gpu>/t4_limits.json; --out names another.
+The file is written anew after each part. `--join FILE...` puts runs of several machines together,
+the newest first: their paces are pooled, an older run's part under the name that its settings have
+today. Writes results/<gpu>/t4_limits.json; --out names another.
 On a CPU, `--cpu-rehearsal` goes through it in fp32, with neither cap nor compilation.
 """
 
@@ -45,6 +47,7 @@ from helpers.training import row_order
 from tools.mends import Mends, most_tokens, use_mends
 from tools.results import this_command, write_result
 
+KEPT = ("command", "date", "commit", "machine")
 LABEL = "a T4's limits on an H100, not a T4"
 CAP_GIB = 14.5
 FAST, LEAN, PLAIN = Mends(lean=True, compiled=True), Mends(lean=True), Mends()
@@ -210,13 +213,49 @@ def ratios(figures: dict[str, Any]) -> None:
     def named(words: str) -> list[dict[str, Any]]:
         return [p for name, p in parts.items() if name.startswith(words) and "error" not in p]
 
-    for way in ("ours", "one of eight again"):
+    for way in ("ours", "one of four again"):
         for length in (512, 256):
             one, other = named(f"{way}, {length} tokens"), named(f"seed, {length} tokens")
             if one and other:
                 key = str(length) if way == "ours" else f"{length}, {way}"
                 whole[key] = ratio(one, other)
     figures["ratio"] = whole
+
+
+def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """Runs of several machines as one: parts that went well, by today's names; ratios pooled.
+
+    Example:
+        >>> pace = {"useful_tokens_per_s": {"value": 6, "low": 5, "high": 7, "n": 2}}
+        >>> ours = pace | {"rows": 8, "again_of": 8}
+        >>> old = {"date": "May", "parts": {"seed, 512 tokens": pace, "as today, 512 tokens": ours}}
+        >>> both = joined({"parts": {}}, old)
+        >>> list(both["parts"]), both["other_runs"], both["by_run"]["512"]
+        (['seed, 512 tokens, run 2', 'ours, 512 tokens, run 2'], [{'date': 'May'}], [1.0])
+    """
+    parts = {name: part for name, part in first["parts"].items() if "error" not in part}
+    both = first | {"parts": parts, "other_runs": []}
+    for n, run in enumerate(others, 2):
+        both["other_runs"].append({key: run[key] for key in KEPT if key in run})
+        for name, part in run["parts"].items():
+            length = int(name.split(" tokens")[0].split()[-1]) if " tokens" in name else 512
+            asked = (length, part.get("rows"), part.get("again_of"))
+            today = [k for k, o in OURS.items() if o[0] == FAST and o[1:4] == asked]
+            if "error" not in part and (today or name.startswith("seed")):
+                parts[f"{(today or [name])[0]}, run {n}"] = part
+    ratios(both)
+    ends = ["", *(f", run {n}" for n in range(2, 2 + len(others)))]
+    both["by_run"] = {
+        length: [
+            ratio([parts[f"ours, {length} tokens{end}"]], [parts[f"seed, {length} tokens{end}"]])[
+                "value"
+            ]
+            for end in ends
+            if {f"{who}, {length} tokens{end}" for who in ("ours", "seed")} <= set(parts)
+        ]
+        for length in ("512", "256")
+    }
+    return both
 
 
 def main() -> None:
@@ -229,7 +268,12 @@ def main() -> None:
     parser.add_argument("--out", help="instead of results/<gpu>/t4_limits.json")
     parser.add_argument("--seconds", type=float, default=320, help="begin no part after these")
     parser.add_argument("--cpu-rehearsal", action="store_true")
+    parser.add_argument("--join", nargs="+", type=Path, help="put these runs together, no more")
     arguments = parser.parse_args()
+    if arguments.join:
+        both = joined(*(json.loads(path.read_text()) for path in arguments.join))
+        Path(arguments.out).write_text(json.dumps(both, indent=2) + "\n")
+        return
     began, bench = time.perf_counter(), Bench(arguments)
     figures: dict[str, Any] = {"label": LABEL, "cap_gib": CAP_GIB, "parts": {}, "ratio": {}}
     if torch.cuda.is_available():

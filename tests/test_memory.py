@@ -74,11 +74,13 @@ def test_todays_plan_meets_every_recorded_point() -> None:
 
 
 def test_the_plan_meets_the_peaks_under_a_t4_s_limits() -> None:
-    """Peaks of another benchmark: one layer of eight computed again, or one of four."""
-    parts = json.loads((RECORDED.parent / "t4_limits.json").read_text())["parts"].values()
-    found = [(p["again_of"], p) for p in parts if "peak_gib" in p and "again_of" in p]
-    assert [every for every, _ in found] == [8, 8, 4]
-    for every, part in found:
+    """Peaks of another benchmark, three runs: one layer of eight computed again, or one of four."""
+    parts = json.loads((RECORDED.parent / "t4_limits.json").read_text())["parts"]
+    found = {name: (p["again_of"], p) for name, p in parts.items() if "again_of" in p}
+    assert sum(name.startswith("ours, 512") for name in found) >= 2
+    assert sum(name.startswith("ours, 256") for name in found) >= 2
+    for name, (every, part) in found.items():
+        assert every == (8 if name.startswith("ours") else 4)
         assert part["most_tokens"] == 4096
         plan = plan_memory(T4, FalconConfig(), 1, 4096, 32, every > 0, True, True, every=every or 1)
         assert sum(plan.values()) / GIB == pytest.approx(part["peak_gib"], rel=0.05)

@@ -11,7 +11,7 @@
 #
 # | Needs | A100 (40 GiB) | T4 (15 GiB) | CPU, tiny model |
 # | --- | --- | --- | --- |
-# | GPU memory, GiB | 13, predicted | 13, predicted | none |
+# | GPU memory, GiB | 13, predicted | 14, predicted | none |
 # | Minutes | 17, predicted | 39, predicted | about 1 |
 # | Steps | 320 | 150 | 60 |
 #
@@ -441,8 +441,9 @@ for kind in ("bf16", "fp16"):
 
 # %% [markdown]
 # We see 0.0 four times: losses and adapter are equal to the last bit
-# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. No state is paged after
-# resuming: a checkpoint brings it back onto the card, 8 bytes for each number trained.
+# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. No state was paged after
+# resuming: a checkpoint brings it back onto the card, 8 bytes for each number trained. Since that
+# run `helpers.memory.page_again` moves it to where CUDA pages it.
 #
 # ## 8. Save, and load back
 # The adapter is all we keep: the base is the same for everyone. We save it as it was at the star,
