@@ -143,7 +143,7 @@ def fit_memory(
         >>> profile = fit_memory(T4, Mends(lean=True, compiled=True), FalconConfig(), [300] * 9,
         ...                      memory=15 * GIB)
         >>> profile.batch_size, profile.gradient_checkpointing, profile.checkpoint_every
-        (16, True, 2)
+        (16, True, 4)
     """
     if not profile.on_gpu or config.model_type != "falcon" or is_sharded():
         return profile
