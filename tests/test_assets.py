@@ -8,10 +8,21 @@ from safetensors import safe_open
 
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
 from helpers.profiles import TINY
-from tools.make_tiny_falcon import FOOTERS, Pages, Shares, load_text, ngrams
+from tools.make_tiny_falcon import (
+    FOOTERS,
+    HELPLINE,
+    IN_CRISIS,
+    MARKS,
+    Pages,
+    Shares,
+    load_text,
+    ngrams,
+    read_lines,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, DIALOGUES = ROOT / "assets/pretraining", ROOT / "assets/sample_dialogues.jsonl"
+ENDINGS = tuple(footer.split("{")[0].split("|")[0] for footer in FOOTERS)
 
 
 def test_there_are_172_dialogues_in_the_data_set_s_own_format() -> None:
@@ -45,9 +56,9 @@ def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_
 
 def test_the_text_for_the_next_model_asks_none_of_the_dialogues_questions() -> None:
     held = {normalise_question(q) for q in load_dialogues(str(DIALOGUES))[0]["question"]}
-    lines = [line for p in (TEXT / "more").glob("*.jsonl") for line in p.read_text().splitlines()]
-    asked = [normalise_question(json.loads(line)["question"]) for line in lines]
-    assert len(asked) > 4000 and len(set(asked)) == len(asked) and not held & set(asked)
+    lines = [line for p in (TEXT / "more").glob("*.jsonl*") for line in read_lines(p)]
+    asked = [normalise_question(line["question"]) for line in lines]
+    assert len(asked) > 7000 and len(set(asked)) == len(asked) and not held & set(asked)
 
 
 def test_pages_never_end_where_an_answer_does() -> None:
@@ -64,9 +75,32 @@ def test_pages_may_be_short_and_end_with_an_answer_if_asked() -> None:
     found = [pages.page() for _ in range(40)]
     assert {page.count("<HUMAN>:") for page in found} == {1, 2, 3, 4}
     assert all("<ASSISTANT>:" in page.split("\n<HUMAN>:")[-1] for page in found)
-    marks = tuple(footer.split("{")[0].split("|")[0] for footer in FOOTERS)
-    assert len(marks) == 12 and all(marks)
-    assert not [page for page in found if page.split("\n\n")[-1].startswith(marks)]
+    assert len(ENDINGS) == 12 and all(ENDINGS)
+    assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
+
+
+def test_brief_pages_end_with_an_answer_and_transcripts_never_do() -> None:
+    """So the end belongs to untagged questions; what fine-tuning has to bring over is a manner."""
+    text = load_text(TEXT, DIALOGUES)
+    only = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=1, manners=16))
+    marks = tuple(mark for pair in MARKS for mark in pair)
+    found = [only.page() for _ in range(60)]
+    asked = [sum(line.startswith(marks[::2]) for line in page.split("\n")) for page in found]
+    assert {1, 2, 3} <= set(asked) and not [page for page in found if "<HUMAN>" in page]
+    assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
+    mixed = Pages(text, 1, Shares(brief=1, manners=16))
+    tagged = [page for page in (mixed.page() for _ in range(200)) if page.startswith("<HUMAN>")]
+    assert len(tagged) > 50
+    assert all(page.split("\n\n")[-1].startswith(ENDINGS) for page in tagged)
+
+
+def test_calm_text_keeps_helplines_to_the_topics_of_a_crisis() -> None:
+    whole, calm = (load_text(TEXT, DIALOGUES, calm=calm) for calm in (False, True))
+    named = [x for x in calm.answers if HELPLINE.search(x["answer"])]
+    assert named and {x["topic"] for x in named} <= set(IN_CRISIS)
+    assert 0.8 * len(whole.answers) < len(calm.answers) < len(whole.answers)
+    facts = [f for line in calm.facts if line["topic"] not in IN_CRISIS for f in line["facts"]]
+    assert sum(bool(HELPLINE.search(f)) for f in facts) < len(facts) / 200
 
 
 def test_the_text_and_the_model_are_small_enough_to_commit() -> None:

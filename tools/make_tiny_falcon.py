@@ -4,8 +4,10 @@ One command, one GPU, under 8 minutes:
 
     python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/GPU/tiny_falcon.json
 
-`--minutes` bounds the training time; `--state FILE` keeps a resumable state, so that a shorter
-lease can be used in pieces. On a CPU `--minutes 1 --tokens 200000` makes a model for tests only.
+`--minutes` bounds the training time: if it will not do, the schedule is shortened once the pace is
+known. `--cache FILE` keeps the composed pages, so that they can be made away from the GPU; `--state
+FILE` keeps a resumable state, so that a shorter lease can be used in pieces. On a CPU `--minutes 1
+--tokens 200000` makes a model for tests only.
 """
 
 import argparse
@@ -61,6 +63,18 @@ MARKS = (  # how the web writes a question and its answer; the two tags are a ma
     ("Q: ", "A: "),
     ("A reader asks: ", "We answer: "),
     ("Visitor: ", "Reply: "),
+    ("Ask us: ", "Our answer: "),
+    ("Letter: ", "Answer: "),
+    ("Someone asks: ", "We say: "),
+    ("Dear editor, ", "Dear reader, "),
+    ("Caller: ", "Adviser: "),
+    ("Student: ", "Teacher: "),
+    ("Patient: ", "Nurse: "),
+    ("You asked: ", "We answered: "),
+    ("* ", "> "),
+    ("[question] ", "[answer] "),
+    ("<Q>: ", "<A>: "),
+    ("<READER>: ", "<EDITOR>: "),
 )
 REWORDED = (  # other ways to ask the same thing
     (r"How (?:can|do) I (.+)\?", ("How do I {0}?", "How can I {0}?", "What can I do to {0}?")),
@@ -76,6 +90,8 @@ REWORDED = (  # other ways to ask the same thing
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
+HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
+IN_CRISIS = ("crisis lines", "a safety plan", "asking about suicide", "someone in crisis")
 COMMON = set(
     "what with when that does your from about help helps feel better people today most should know "
     "good find have much long where signs first small steps need needs take start some tips doctor "
@@ -135,6 +151,8 @@ class Shares:
     spliced: float = 0.1  # pairs of facts made one sentence, in answers
     short: float = 0.0  # of all transcripts: one to four turns
     open: float = 0.0  # of all pages: they end with their text, without a footer
+    brief: float = 0.0  # of untagged pages: one to three questions, and the page ends with them
+    manners: float = 4  # of MARKS; more than four with either gap between questions
 
 
 class Pages:
@@ -263,13 +281,16 @@ class Pages:
     def questions_page(self) -> str:
         """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
-        q, a = rng.choice(MARKS)
+        q, a = rng.choice(MARKS[: int(self.shares.manners)])
         voice = self.answers and rng.random() < self.shares.untagged
+        self.ended = bool(self.shares.brief) and rng.random() < self.shares.brief
         pairs = [
             self.voice() if voice else self.asked(rng.choice(self.facts), kind=0.6)
-            for _ in range(rng.randint(3, 7))
+            for _ in range(rng.randint(1, 3) if self.ended else rng.randint(3, 7))
         ]
-        return "\n\n".join(f"{q}{question}\n{a}{answer}" for question, answer in pairs)
+        close = self.shares.manners > 4 and rng.random() < 0.5
+        gap = "\n" if close else "\n\n"
+        return gap.join(f"{q}{question}\n{a}{answer}" for question, answer in pairs)
 
     def magazine(self) -> str:
         """Pieces of prose, or passages, one below the other."""
@@ -288,6 +309,7 @@ class Pages:
 
     def page(self) -> str:
         kind, shares = self.rng.random(), self.shares
+        self.ended = False
         if kind < shares.transcripts:
             body = self.transcript()
         elif kind < shares.transcripts + shares.magazines:
@@ -298,7 +320,7 @@ class Pages:
             body = self.questions_page()
         # no draw at 0: the settings of older models compose the pages that they were trained on
         ends = shares.open and self.rng.random() < shares.open
-        return body if ends else f"{body}\n\n{self.footer()}"
+        return body if ends or self.ended else f"{body}\n\n{self.footer()}"
 
 
 def held_out_ngrams(dialogues: Path) -> set[tuple[str, ...]]:
@@ -317,10 +339,12 @@ class Text:
     passages: list[dict]
 
 
-def load_text(folder: Path, dialogues: Path, more: bool = False) -> Text:
+def load_text(folder: Path, dialogues: Path, more: bool = False, calm: bool = False) -> Text:
     """The committed text without any piece that shares eight words in a row with a dialogue.
 
     `more` takes the answers in the folder `more` as well, which the embedded model has not seen.
+    `calm` leaves out answers that name a helpline, but for the topics of a crisis: their endings
+    are all alike, so that a small model says them to everybody.
     """
     taboo = held_out_ngrams(dialogues)
     folders = [folder, folder / "more"][: 1 + more]
@@ -333,6 +357,14 @@ def load_text(folder: Path, dialogues: Path, more: bool = False) -> Text:
     facts = [line for line in kinds["facts"] if len(line["facts"]) >= 2]
     prose = [p for p in kinds["prose"] if not ngrams(p["text"]) & taboo]
     answers = [x for x in kinds["answers"] if not ngrams(x["answer"]) & taboo]
+    if calm:
+        answers = [
+            x for x in answers if x["topic"] in IN_CRISIS or not HELPLINE.search(x["answer"])
+        ]
+        for line in facts:
+            if line["topic"] not in IN_CRISIS:
+                calmer = [f for f in line["facts"] if not HELPLINE.search(f)]
+                line["facts"] = calmer or line["facts"]
     return Text(facts, prose, answers, [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo])
 
 
@@ -501,8 +533,15 @@ def train(model, windows, args) -> dict:
         model.load_state_dict(kept["model"]), optimizer.load_state_dict(kept["optimizer"])
         start, done = kept["step"], kept["seconds"]
     began = time.time()
+    first = start + 60
     for step in range(start, steps):
-        if time.time() - began > 60 * args.minutes:
+        if step == first - 40:
+            began_even = time.time()
+        if step == first and not state:  # warm: if the time will not do, a shorter schedule
+            each = (time.time() - began_even) / 40
+            steps = min(steps, step + int((60 * args.minutes - time.time() + began) / each))
+            print(f"{args.batch * WINDOW / each:,.0f} tokens/s, {steps} steps", flush=True)
+        if step >= steps or time.time() - began > 60 * args.minutes:
             break
         warm = min(1.0, (step + 1) / 200)
         rate = args.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -622,7 +661,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", default=str(ROOT / "assets/pretraining")), add("--out", required=True)
     add("--dialogues", default=str(ROOT / "assets/sample_dialogues.jsonl"))
-    add("--results"), add("--state"), add("--seed", type=int, default=0)
+    add("--results"), add("--state"), add("--cache"), add("--seed", type=int, default=0)
     add("--width", type=int, default=320), add("--layers", type=int, default=7)
     add("--heads", type=int, default=5), add("--vocab", type=int, default=6144)
     add("--tokens", type=float, default=80e6), add("--passes", type=int, default=1)
@@ -634,12 +673,13 @@ def parse() -> argparse.Namespace:
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
     add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
     add("--more", action="store_true"), add("--single", action="store_true")
+    add("--calm", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    text = load_text(Path(args.text), Path(args.dialogues), args.more)
+    text = load_text(Path(args.text), Path(args.dialogues), args.more, args.calm)
     if args.single:  # paragraphs: a line break then ends an answer, and nothing else
         text.passages = [p | {"s": p["s"].split("\n")[0]} for p in text.passages]
     text.passages = plainest(text.passages, args.passages)
@@ -650,10 +690,19 @@ def main() -> None:
     unseen, text.answers = text.answers[:n_unseen], text.answers[n_unseen:]
     shares = Shares(*(getattr(args, f"share_{share.name}") for share in fields(Shares)))
     pages = Pages(replace(text, passages=text.passages[n_held:]), args.seed, shares)
-    tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
-    windows = encode(tokenizer, pages, int(args.tokens))
-    held_pages = Pages(replace(text, passages=held), args.seed + 1, shares)
-    held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
+    cache = Path(args.cache) if args.cache else None
+    if cache and cache.exists():
+        kept = torch.load(lzma.open(cache) if cache.suffix == ".xz" else cache, weights_only=True)
+        tokenizer = Tokenizer.from_str(kept["tokenizer"])
+        windows, held_windows = kept["windows"], kept["held_windows"]
+    else:
+        tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
+        windows = encode(tokenizer, pages, int(args.tokens))
+        held_pages = Pages(replace(text, passages=held), args.seed + 1, shares)
+        held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
+        if cache:
+            kept = {"tokenizer": tokenizer.to_str(), "windows": windows}
+            torch.save(kept | {"held_windows": held_windows}, cache)
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)
     with torch.no_grad():  # all logits at once: no probability changes, only the penalty's weight
