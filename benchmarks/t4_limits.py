@@ -207,30 +207,35 @@ def ratio(ours: list[dict], seed: list[dict]) -> dict[str, float]:
 
 
 def ratios(figures: dict[str, Any]) -> None:
-    """The ratios that the parts measured by now allow."""
-    parts, whole = figures["parts"], {}
-
-    def named(words: str) -> list[dict[str, Any]]:
-        return [p for name, p in parts.items() if name.startswith(words) and "error" not in p]
-
+    """The ratios that the parts allow by now, pooled over the runs that have both sides."""
+    figures["ratio"] = {}
     for way in ("ours", "one of four again"):
         for length in (512, 256):
-            one, other = named(f"{way}, {length} tokens"), named(f"seed, {length} tokens")
-            if one and other:
+            runs: dict[str, dict[str, list]] = {}
+            for name, part in figures["parts"].items():
+                who, run = name.split(f", {length} tokens")[0], name.partition(", run ")[2]
+                if who in (way, "seed") and "error" not in part:
+                    runs.setdefault(run, {"seed": [], way: []})[who].append(part)
+            both = [(run[way], run["seed"]) for run in runs.values() if run[way] and run["seed"]]
+            if both:
+                pooled = ratio(*(sum(parts, []) for parts in zip(*both, strict=True)))
+                each = [ratio(*run)["value"] for run in both]
                 key = str(length) if way == "ours" else f"{length}, {way}"
-                whole[key] = ratio(one, other)
-    figures["ratio"] = whole
+                figures["ratio"][key] = pooled | {"by_run": each}
 
 
 def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     """Runs of several machines as one: parts that went well, by today's names; ratios pooled.
+
+    Only parts that name their length are taken along from older runs: their rows, and of how many
+    layers one was computed again, say what today's name is.
 
     Example:
         >>> pace = {"useful_tokens_per_s": {"value": 6, "low": 5, "high": 7, "n": 2}}
         >>> ours = pace | {"rows": 8, "again_of": 8}
         >>> old = {"date": "May", "parts": {"seed, 512 tokens": pace, "as today, 512 tokens": ours}}
         >>> both = joined({"parts": {}}, old)
-        >>> list(both["parts"]), both["other_runs"], both["by_run"]["512"]
+        >>> list(both["parts"]), both["other_runs"], both["ratio"]["512"]["by_run"]
         (['seed, 512 tokens, run 2', 'ours, 512 tokens, run 2'], [{'date': 'May'}], [1.0])
     """
     parts = {name: part for name, part in first["parts"].items() if "error" not in part}
@@ -238,23 +243,16 @@ def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
     for n, run in enumerate(others, 2):
         both["other_runs"].append({key: run[key] for key in KEPT if key in run})
         for name, part in run["parts"].items():
-            length = int(name.split(" tokens")[0].split()[-1]) if " tokens" in name else 512
-            asked = (length, part.get("rows"), part.get("again_of"))
-            today = [k for k, o in OURS.items() if o[0] == FAST and o[1:4] == asked]
-            if "error" not in part and (today or name.startswith("seed")):
+            before, named, _ = name.partition(" tokens")
+            if "error" in part or not named:
+                continue
+            asked = (int(before.split()[-1]), part.get("rows"), part.get("again_of"))
+            today = [
+                new for new, (mends, *how, _) in OURS.items() if (mends, *how) == (FAST, *asked)
+            ]
+            if today or name.startswith("seed"):
                 parts[f"{(today or [name])[0]}, run {n}"] = part
     ratios(both)
-    ends = ["", *(f", run {n}" for n in range(2, 2 + len(others)))]
-    both["by_run"] = {
-        length: [
-            ratio([parts[f"ours, {length} tokens{end}"]], [parts[f"seed, {length} tokens{end}"]])[
-                "value"
-            ]
-            for end in ends
-            if {f"{who}, {length} tokens{end}" for who in ("ours", "seed")} <= set(parts)
-        ]
-        for length in ("512", "256")
-    }
     return both
 
 

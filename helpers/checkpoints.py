@@ -228,8 +228,8 @@ class CheckpointManifest(TrainerCallback):
         self.limit, self.lock, self.presses = None, None, 0
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Page what came back; take the folder, or refuse a full or used one; set others aside."""
-        page_again(optimizer)
+        """Take the folder, or refuse a full, read-only or used one; set later steps aside."""
+        page_again(optimizer)  # what came back from a checkpoint
         self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
         if not state.is_world_process_zero:
             self.say = str  # says nothing

@@ -163,7 +163,7 @@ class Chat:
 
     `patience` is how many seconds a person waits in line before they are told "busy". `line`
     holds who is being answered, and behind them who waits, first come, first served. One thread
-    writes all answers: what cuDNN plans for a length holds for one thread alone.
+    writes all answers: PyTorch keeps what cuDNN plans for a length for one thread alone.
     """
 
     model: PreTrainedModel

@@ -3,7 +3,10 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
 from safetensors import safe_open
 
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
@@ -13,11 +16,15 @@ from tools.make_tiny_falcon import (
     HELPLINE,
     IN_CRISIS,
     MARKS,
+    WINDOW,
     Pages,
     Shares,
+    build_model,
     load_text,
+    main,
     ngrams,
     read_lines,
+    train,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +65,7 @@ def test_the_text_for_the_next_model_asks_none_of_the_dialogues_questions() -> N
     held = {normalise_question(q) for q in load_dialogues(str(DIALOGUES))[0]["question"]}
     lines = [line for p in (TEXT / "more").glob("*.jsonl*") for line in read_lines(p)]
     asked = [normalise_question(line["question"]) for line in lines]
-    assert len(asked) > 7000 and len(set(asked)) == len(asked) and not held & set(asked)
+    assert len(asked) > 25_000 and len(set(asked)) == len(asked) and not held & set(asked)
 
 
 def test_pages_never_end_where_an_answer_does() -> None:
@@ -101,6 +108,26 @@ def test_calm_text_keeps_helplines_to_the_topics_of_a_crisis() -> None:
     assert 0.8 * len(whole.answers) < len(calm.answers) < len(whole.answers)
     facts = [f for line in calm.facts if line["topic"] not in IN_CRISIS for f in line["facts"]]
     assert sum(bool(HELPLINE.search(f)) for f in facts) < len(facts) / 200
+
+
+def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end() -> None:
+    windows = torch.randint(12, 90, (4, WINDOW), dtype=torch.int16)
+    args = SimpleNamespace(
+        width=64, layers=1, heads=1, dropout=0.0, seed=0, batch=1, rate=1e-3, passes=1, state=None,
+        minutes=0.1, steps=None, z_loss=0.0, height=0.0, anchor=0.0,
+    )  # fmt: skip
+    args.passes = 2500  # 10,000 steps
+    report = train(build_model(args, 96), windows, args)
+    assert 60 < report["of"] < 10_000 and report["steps"] > 0.7 * report["of"]
+
+
+def test_pages_kept_with_other_settings_are_refused(tmp_path, monkeypatch) -> None:
+    torch.save({"made": {"vocab": 1}}, tmp_path / "pages.pt")
+    asked = ["x", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "pages.pt")]
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit, match="pages of another .*vocab.*: name a new file"):
+        main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_text_and_the_model_are_small_enough_to_commit() -> None:

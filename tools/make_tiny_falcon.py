@@ -90,6 +90,7 @@ REWORDED = (  # other ways to ask the same thing
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
+COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm")  # decide the pages
 HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
 IN_CRISIS = ("crisis lines", "a safety plan", "asking about suicide", "someone in crisis")
 COMMON = set(
@@ -691,8 +692,12 @@ def main() -> None:
     shares = Shares(*(getattr(args, f"share_{share.name}") for share in fields(Shares)))
     pages = Pages(replace(text, passages=text.passages[n_held:]), args.seed, shares)
     cache = Path(args.cache) if args.cache else None
+    made = {k: v for k, v in vars(args).items() if k.startswith("share_") or k in COMPOSED}
     if cache and cache.exists():
         kept = torch.load(lzma.open(cache) if cache.suffix == ".xz" else cache, weights_only=True)
+        unlike = [k for k, v in made.items() if kept["made"].get(k) != v]
+        if unlike:
+            raise SystemExit(f"{cache} has pages of another {', '.join(unlike)}: name a new file")
         tokenizer = Tokenizer.from_str(kept["tokenizer"])
         windows, held_windows = kept["windows"], kept["held_windows"]
     else:
@@ -701,7 +706,7 @@ def main() -> None:
         held_pages = Pages(replace(text, passages=held), args.seed + 1, shares)
         held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
         if cache:
-            kept = {"tokenizer": tokenizer.to_str(), "windows": windows}
+            kept = {"made": made, "tokenizer": tokenizer.to_str(), "windows": windows}
             torch.save(kept | {"held_windows": held_windows}, cache)
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)

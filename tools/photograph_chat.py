@@ -7,6 +7,7 @@ Serves notebook 05 on this machine, asks two questions in headless Chromium (Deb
 docs/; the others go to FOLDER, if one is named, to be looked at.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -38,23 +39,26 @@ def ask(page: Page, question: str) -> None:
         page.wait_for_timeout(1500)
 
 
-def main(folders: list[str]) -> None:
+def main() -> None:
     """Serve, ask, photograph."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="takes the other two views")
+    other = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as printed, sync_playwright() as play:
         with serve(TWIN, Path(printed) / "printed.txt") as server:
             browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             for name, view in VIEWS.items():
-                if name != "chat" and not folders:
+                if name != "chat" and not other:
                     continue
                 page = browser.new_page(**view)
                 page.goto(server.url)
                 for question in QUESTIONS:
                     ask(page, question)
                 page.wait_for_timeout(500)
-                folder = ROOT / "docs" if name == "chat" else Path(folders[0])
+                folder = ROOT / "docs" if name == "chat" else other
                 page.screenshot(path=str(folder / f"{name}.png"))
             browser.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
