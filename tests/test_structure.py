@@ -267,9 +267,9 @@ def test_the_chat_uses_screened_answers_alone() -> None:
     assert "generate_texts" not in names
 
 
-def tracked() -> list[Path]:
-    """The files that git holds, or would take if everything were added."""
-    git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+def tracked(others: bool = True) -> list[Path]:
+    """The files that git holds and, with `others`, those it would take if all were added."""
+    git = ["git", "ls-files", "-z", "--cached", *["--others", "--exclude-standard"] * others]
     out = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [ROOT / name for name in out.split("\0") if name and (ROOT / name).is_file()]
 
@@ -277,6 +277,16 @@ def tracked() -> list[Path]:
 def test_the_tree_is_small() -> None:
     total = sum(path.stat().st_size for path in tracked())
     assert total < 40 * MIB, f"{total / MIB:.1f} MiB"
+
+
+def test_the_top_level_holds_what_a_reader_expects_and_nothing_else() -> None:
+    top = {path.relative_to(ROOT).parts[0] for path in tracked(others=False)}
+    assert top == {
+        ".ci", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff",
+        "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "assets", "benchmarks", "configs",
+        "docs", "helpers", "notebooks", "pyproject.toml", "requirements-dev.txt",
+        "requirements.txt", "results", "tests", "tools",
+    }  # fmt: skip
 
 
 def test_no_machine_shows_in_the_tree() -> None:
