@@ -5,14 +5,14 @@
 fp16 with adapters in 32 bits and a gradient scaler, the allocator capped at 14.5 GiB and told to
 grow its segments, flash attention off and the memory-efficient kernel on. The original's recipe
 (`benchmarks/seed.py`, in fp16, its adapters in 32 bits, which it needs to start at all) and ours
-train in turns: original, ours at either length, each on a base loaded anew, 64 rows a step, ours as
-`fit_memory` chooses it for a T4 (a test sees to that). Then ours with other settings, most telling
-first, and the original once more. Ours takes the first steps of the profile's 150. The rows and
+train in turns: original, ours at either length, and all four once more, each on a base loaded anew,
+64 rows a step, ours as `fit_memory` chooses it for a T4 (a test sees to that). Then ours with other
+settings, most telling first. Ours takes the first steps of the profile's 150. The rows and
 their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
 something of a T4.
 The file is written anew after each part. `--join FILE...` puts runs of several machines together,
-the newest first: their paces are pooled, an older run's part under the name that its settings have
-today. Writes results/<gpu>/t4_limits.json; --out names another.
+the newest first, joined files too: their paces are pooled, an older run's part under the name that
+its settings have today. Writes results/<gpu>/t4_limits.json; --out names another.
 On a CPU, `--cpu-rehearsal` goes through it in fp32, with neither cap nor compilation.
 """
 
@@ -63,7 +63,6 @@ OURS: dict[str, tuple[Mends, int, int, int, int]] = {
     "4 rows, all kept": (FAST, 512, 4, 0, 4),
     "lean LoRA, 8 rows, every layer again": (LEAN, 512, 8, 1, 4),
     "no mend, 8 rows, every layer again": (PLAIN, 512, 8, 1, 4),
-    "ours, 512 tokens, again": (FAST, 512, 8, 4, 21),
 }
 SEED_ROWS = (16, 8, 4)  # what the original's recipe tries under the cap, its own batch first
 
@@ -251,9 +250,25 @@ def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
                 new for new, (mends, *how, _) in OURS.items() if (mends, *how) == (FAST, *asked)
             ]
             if today or name.startswith("seed"):
-                parts[f"{(today or [name])[0]}, run {n}"] = part
+                again = ", again" * (bool(today) and name.endswith(", again"))
+                parts[f"{(today or [name])[0]}{again}, run {n}"] = part
     ratios(both)
     return both
+
+
+def apart(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a joined file was made of, the newest first; any other file alone.
+
+    Example:
+        >>> [r["parts"] for r in apart({"parts": {"a": 1, "a, run 2": 2}, "other_runs": [{}]})]
+        [{'a': 1}, {'a': 2}]
+    """
+    heads = [run, *run.get("other_runs", [])]
+    parts: list[dict[str, Any]] = [{} for _ in heads]
+    for name, part in run["parts"].items():
+        plain, _, n = name.partition(", run ")
+        parts[int(n or 1) - 1][plain] = part
+    return [head | {"parts": own} for head, own in zip(heads, parts, strict=True)]
 
 
 def main() -> None:
@@ -269,7 +284,8 @@ def main() -> None:
     parser.add_argument("--join", nargs="+", type=Path, help="put these runs together, no more")
     arguments = parser.parse_args()
     if arguments.join:
-        both = joined(*(json.loads(path.read_text()) for path in arguments.join))
+        files = [json.loads(path.read_text()) for path in arguments.join]
+        both = joined(*(run for file in files for run in apart(file)))
         Path(arguments.out).write_text(json.dumps(both, indent=2) + "\n")
         return
     began, bench = time.perf_counter(), Bench(arguments)
@@ -296,7 +312,7 @@ def main() -> None:
         "seed, 256 tokens": lambda: the_seed(bench, 256, 3, fits_short),
         "ours, 256 tokens": todo.pop("ours, 256 tokens"),
     }
-    todo |= {"seed, 512 tokens, again": lambda: the_seed(bench, 512, 3, fits)}
+    turns |= {f"{name}, again": part for name, part in turns.items()}
     for name, part in (turns | todo).items():
         late = time.perf_counter() - began > arguments.seconds
         found = {"error": "not measured: out of time"} if late else part()

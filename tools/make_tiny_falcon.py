@@ -521,7 +521,7 @@ def train(model, windows, args) -> dict:
     fast = torch.compile(model) if cuda else model
     decay = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}]
+    groups = [{"params": decay, "weight_decay": args.decay}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)
     steps = args.steps or len(windows) * args.passes // args.batch
     generator, start, done = torch.Generator().manual_seed(args.seed), 0, 0.0
@@ -673,6 +673,7 @@ def parse() -> argparse.Namespace:
     add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
     add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
+    add("--decay", type=float, default=0.1)
     add("--more", action="store_true"), add("--single", action="store_true")
     add("--calm", action="store_true")
     return parser.parse_args()
