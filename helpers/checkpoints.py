@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from helpers.memory import give_back, out_of_memory, page_again
 from helpers.profiles import check_disk
+from helpers.speed import compile_alike
 
 MANIFEST, LOCK, HERE, PEFT = "manifest.json", "run.lock", "mirror.here", "adapter_config.json"
 WAYS_ON = "set that back, or FORCE_RESUME = True to go on, or RESUME = False to start afresh"
@@ -149,9 +150,8 @@ def _newest_whole(folder: Path, mirror: Path | None) -> Path | None:
     return next((p for p in reversed(_checkpoints(folder)) if not checkpoint_fault(p)), None)
 
 
-def last_valid_checkpoint(
-    folder: str | Path, mark: dict, force: bool = False, mirror: str | Path | None = None
-) -> str | None:
+def last_valid_checkpoint(folder: str | Path, mark: dict, force: bool = False,
+                          mirror: str | Path | None = None) -> str | None:  # fmt: skip
     """Find the newest checkpoint that is whole and belongs to this run.
 
     Every checkpoint is checked against its manifest. A damaged or half-written one is renamed to
@@ -287,9 +287,8 @@ class CheckpointManifest(TrainerCallback):
         self.say("Stopping after this step, with a checkpoint; press Stop again to stop at once.")
 
 
-def train_and_survive(
-    trainer: Trainer, resume: str | None = None, plan: dict[str, float] | None = None
-) -> bool:
+def train_and_survive(trainer: Trainer, resume: str | None = None,
+                      plan: dict[str, float] | None = None) -> bool:  # fmt: skip
     """Train; the Stop button ends the run after the step in hand, with a checkpoint.
 
     Pressed a second time it ends at once, and the last checkpoint stays. Either way the notebook
@@ -317,6 +316,7 @@ def train_and_survive(
     keeper = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "press_stop"))
     keeper.presses, before, fits = 0, signal.signal(signal.SIGINT, keeper.press_stop), True
     gc.collect()
+    compile_alike(trainer, resume)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except torch.OutOfMemoryError as error:

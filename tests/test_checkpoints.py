@@ -478,7 +478,9 @@ def test_stop_saves_and_ends_after_the_step_and_at_once_when_pressed_again(tmp_p
         run.call("on_step_end")
 
     callbacks = SimpleNamespace(callbacks=[object(), run.keeper])
-    trainer = SimpleNamespace(train=train, callback_handler=callbacks, args=run.args)
+    trainer = SimpleNamespace(
+        train=train, callback_handler=callbacks, args=run.args, model=torch.nn.Linear(1, 1)
+    )
     presses = 0
     assert train_and_survive(trainer, "here") and run.said == []
     assert not run.control.should_training_stop

@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import FalconConfig
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.memory import (
@@ -229,7 +232,7 @@ def tiny_trainer(folder: Path, batch: int) -> SFTTrainer:
         gradient_accumulation_steps=8 // batch, use_cpu=True, bf16=False, report_to="none",
         disable_tqdm=True, save_strategy="no", optim="adamw_torch", logging_steps=1,
     )  # fmt: skip
-    lora = LoraConfig(r=4, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, target_modules=list(LINEARS), task_type="CAUSAL_LM", lora_dropout=0.1)
     trainer = SFTTrainer(
         model=load_falcon(TINY.model, TINY), args=args, train_dataset=rows(8, 16, 6000, 1),
         processing_class=load_tokenizer(TINY.model), peft_config=lora,
@@ -294,3 +297,39 @@ def test_where_compiling_fails_the_run_goes_on_uncompiled(monkeypatch, capsys) -
     monkeypatch.setattr(mends, "compiling_fault", lambda device: "")
     assert choose_mends(T4, 32) == Mends(lean=True, compiled=True)
     assert capsys.readouterr().out == ""
+
+
+# --- a resumed run compiles for the sizes that it began with ----------------------------------
+
+
+def test_a_resumed_run_sees_its_first_sizes_first_and_ends_alike(tmp_path: Path) -> None:
+    """Compiled blocks stand-ins note sizes; dropout, counts and weights are the unbroken run's."""
+    ends: dict[str, tuple] = {}
+    for name, resume in (("unbroken", None), ("resumed", str(tmp_path / "unbroken/checkpoint-1"))):
+        trainer, sizes = tiny_trainer(tmp_path / name, 2), []
+        trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+        trainer.args.train_sampling_strategy = "sequential"
+        trainer.train_dataset = Dataset.from_list(
+            [{"input_ids": [20 + n] * (4 + n)} for n in range(16)]
+        )
+        for block in trainer.model.modules():
+            if isinstance(block, FalconDecoderLayer):
+                block._compiled_call_impl = noted(block, sizes)
+        assert train_and_survive(trainer, resume)
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        counts = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+        ends[name] = sizes[0], trainer.state.log_history[-2]["loss"], counts[-1], weights
+    (*rest, all_tokens, weights), (*same, tokens, again) = ends.values()
+    assert rest == same and rest[0][:2] == (2, 5)
+    assert tokens == all_tokens - sum(range(4, 12)), "TRL counts what a run has seen itself"
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+
+
+def noted(block: FalconDecoderLayer, sizes: list) -> Callable:
+    """What a compiled block is called by, with a note of its input's size."""
+
+    def call(hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        sizes.append(tuple(hidden.shape))
+        return block._call_impl(hidden, *args, **kwargs)
+
+    return call

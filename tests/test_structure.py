@@ -215,8 +215,9 @@ def test_helpers_are_thin_together() -> None:
     # helpers.memory took the plan in, and the sentence for a GPU that was too small all the same.
     # Then ten lines that hand `generate` a decoding loop of our own. Last, the 4-bit product that
     # adds onto the adapter's and rounds once, and layers of which one in eight is computed again;
-    # an optimizer that is paged again after a resume, which no library does.
-    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1967
+    # an optimizer that is paged again after a resume, and blocks that a resumed run compiles for
+    # the sizes that it began with: no library does either.
+    assert sum(len(code_line_numbers(path.read_text())) for path in HELPERS) <= 1985
     assert len([path for path in HELPERS if path.stem != "__init__"]) <= 13
 
 
