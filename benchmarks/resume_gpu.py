@@ -266,12 +266,9 @@ def main() -> None:
     figures["wall_seconds"] = round(time.perf_counter() - began)
     for name in PRECISIONS[profile.name]:
         print(name, json.dumps(figures[name]["checks"], indent=1))
-    if target:
-        Path(target).write_text(json.dumps(figures, indent=2) + "\n")
-    else:
-        command = " ".join(["python benchmarks/resume_gpu.py", *shown])
-        what = "Falcon-7B of random weights: training killed and resumed, against unbroken runs"
-        print(write_result("resume", figures, what, command))
+    command = " ".join(["python benchmarks/resume_gpu.py", *shown])
+    what = "Falcon-7B of random weights: training killed and resumed, against unbroken runs"
+    print(write_result("resume", figures, what, command, out=target))
     if not all(figures[name]["passed"] for name in PRECISIONS[profile.name]):
         sys.exit("not all checks passed")
 

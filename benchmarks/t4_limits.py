@@ -7,7 +7,8 @@ grow its segments, flash attention off and the memory-efficient kernel on. The o
 (`benchmarks/seed.py`, in fp16, its adapters in 32 bits, which it needs to start at all) and ours
 train in turns: original, ours at either length, and all four once more, each on a base loaded anew,
 64 rows a step, ours as `fit_memory` chooses it for a T4 (a test sees to that). Then ours with other
-settings, most telling first. Ours takes the first steps of the profile's 150. The rows and
+settings, most telling first. In one step of each the GPU's own time is summed, since an H100 waits
+for the host where a T4 would not. Ours takes the first steps of the profile's 150. The rows and
 their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
 something of a T4.
 The file is written anew after each part. `--join FILE...` puts runs of several machines together,
@@ -35,11 +36,12 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from benchmarks.seed import load_seed_base, seed_trainer
-from benchmarks.training import Meter, peak_gib, summary
+from benchmarks.training import Meter, estimate, peak_gib, summary, synchronize
 from helpers.dialogues import load_dialogues, to_prompt_completion
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from helpers.profiles import GIB, T4, TINY, Profile
@@ -78,6 +80,31 @@ class Scale(TrainerCallback):
         scaler = self.trainer.accelerator.scaler
         self.scales.append(scaler.get_scale() if scaler else 1.0)
         control.should_training_stop = state.global_step >= self.steps
+
+
+class Busy(TrainerCallback):
+    """Watches the last step with the profiler: how long the GPU itself works for it, in seconds.
+
+    An H100 may wait for the host where a T4, many times slower, would not.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seconds = step, 0.0
+        gpu = torch.cuda.is_available()
+        self.spent = "self_device_time_total" if gpu else "self_cpu_time_total"
+        self.seen = profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU])
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Begin to watch, if this is the last step."""
+        if state.global_step == self.step - 1:
+            self.seen.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Sum what the kernels took."""
+        if state.global_step == self.step:
+            synchronize()
+            self.seen.__exit__(None, None, None)
+            self.seconds = sum(getattr(e, self.spent) for e in self.seen.key_averages()) / 1e6
 
 
 class Bench:
@@ -145,9 +172,11 @@ def free() -> None:
 
 
 def measure(trainer: SFTTrainer, steps: int, fused: bool) -> dict[str, Any]:
-    """Train some steps; the first only warms up. Pace, peak, losses and loss scales."""
+    """Train some steps; the first only warms up, and in one more the GPU alone is watched."""
     use_fused_attention(trainer.model, fused)
-    meter, scale = Meter(trainer), Scale(steps)
+    busy = Busy(steps + 1)
+    trainer.add_callback(busy)  # first: it ends before the meter's clock is read
+    meter, scale = Meter(trainer), Scale(steps + 1)
     scale.trainer = trainer
     trainer.add_callback(scale)
     began = time.perf_counter()
@@ -156,8 +185,11 @@ def measure(trainer: SFTTrainer, steps: int, fused: bool) -> dict[str, Any]:
     losses = [float(entry["loss"]) for entry in log]
     skipped = sum(b < a for a, b in zip([65536.0, *scale.scales], scale.scales, strict=False))
     reserved = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
-    return summary(meter.steps[1:]) | {
-        "steps": len(meter.steps), "warmup_s": meter.steps[0][0], "peak_gib": peak_gib(),
+    watched, tokens = meter.steps[-1]
+    return summary(meter.steps[1:-1]) | {
+        "gpu": {"busy_s": busy.seconds, "useful_tokens": tokens, "step_s": watched,
+                "useful_tokens_per_busy_s": tokens / busy.seconds},
+        "steps": len(meter.steps) - 1, "warmup_s": meter.steps[0][0], "peak_gib": peak_gib(),
         "reserved_gib": reserved, "seconds": time.perf_counter() - began,
         "losses": losses, "losses_finite": all(math.isfinite(loss) for loss in losses),
         "grad_norms": [float(entry["grad_norm"]) for entry in log],
@@ -205,6 +237,12 @@ def ratio(ours: list[dict], seed: list[dict]) -> dict[str, float]:
     }
 
 
+def busy_ratio(ours: list[dict], seed: list[dict]) -> float:
+    """Ours over the original's useful tokens for a second in which the GPU works."""
+    pace = [[part["gpu"]["useful_tokens_per_busy_s"] for part in parts] for parts in (ours, seed)]
+    return (sum(pace[0]) / len(pace[0])) / (sum(pace[1]) / len(pace[1]))
+
+
 def ratios(figures: dict[str, Any]) -> None:
     """The ratios that the parts allow by now, pooled over the runs that have both sides."""
     figures["ratio"] = {}
@@ -221,6 +259,10 @@ def ratios(figures: dict[str, Any]) -> None:
                 each = [ratio(*run)["value"] for run in both]
                 key = str(length) if way == "ours" else f"{length}, {way}"
                 figures["ratio"][key] = pooled | {"by_run": each}
+                if on_gpu := [
+                    busy_ratio(*run) for run in both if all("gpu" in p for p in sum(run, []))
+                ]:
+                    figures["ratio"][f"{key}, of the GPU's own time"] = estimate(on_gpu)
 
 
 def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:

