@@ -90,10 +90,10 @@ REWORDED = (  # other ways to ask the same thing
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
 LEANS = re.compile(  # a sentence that means little without the one before it
-    r"(It(?! helps| is common| can help| is normal| is kind)|They|Them|This|That|These|Those|Then|But"
-    r"|And|Also|Such|He|She|His|Her|Both|Some|Others?|So|Instead|Even|Each|After|Afterwards|Later"
-    r"|Only|Yet|Still|Another|One|First|Second|Or|Do the same|Do this|Do that|Most of them|Many of"
-    r"|Here|There|The (?:first|second|other|rest|same))\b"
+    r"(It(?! helps| is common| can help| is normal| is kind)|They|Them|This|That|These|Those|Then"
+    r"|But|And|Also|Such|He|She|His|Her|Both|Some|Others?|So|Instead|Even|Each|After|Afterwards"
+    r"|Later|Only|Yet|Still|Another|One|First|Second|Or|Do the same|Do this|Do that|Most of them"
+    r"|Many of|Here|There|The (?:first|second|other|rest|same))\b"
 )
 OF_OTHERS = re.compile(
     r"\b(my|our) (?!\w*(self|mind|body|mood|life|head|job|work|own|fear|day|sleep|phone|medicine|"
