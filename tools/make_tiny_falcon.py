@@ -96,8 +96,9 @@ LEANS = re.compile(  # a sentence that means little without the one before it
     r"|Many of|Here|There|The (?:first|second|other|rest|same))\b"
 )
 OF_OTHERS = re.compile(
-    r"\b(my|our) (?!\w*(self|mind|body|mood|life|head|job|work|own|fear|day|sleep|phone|medicine|"
-    r"doctor|therap|health|feeling|thought))\w+|\bsome(one|body)\b|\b(he|she|him|her|they|them)\b",
+    r"(?!I\b).*\b(friends?|mother|father|mum|dad|parents?|son|daughter|child|children|kids?|brother"
+    r"|sister|husband|wife|partner|boyfriend|girlfriend|colleague|neighbour|grand\w+|uncle|aunt|baby"
+    r"|cousin|flatmate|roommate|teenager|family|someone|somebody|relative|he|she|him|her)\b",
     re.I,
 )
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
@@ -161,12 +162,24 @@ def parts(piece: dict) -> list[str]:
 
 def kin(piece: dict) -> tuple[str, bool]:
     """Topic, and whether the question is about somebody else: whose sentences can be exchanged."""
-    return piece["topic"], bool(OF_OTHERS.search(piece["question"]))
+    return piece["topic"], bool(OF_OTHERS.match(piece["question"]))
 
 
 def asked_for(piece: dict) -> set[str]:
-    """The question's telling words."""
-    return {w for w in re.findall(r"[a-z]{4,}", piece["question"].lower()) if w not in COMMON}
+    """The telling words of a question, or of several."""
+    asked = piece.get("question") or " ".join(piece["questions"])
+    return {w for w in re.findall(r"[a-z]{4,}", asked.lower()) if w not in COMMON}
+
+
+def fits(line: dict, piece: dict) -> bool:
+    """Whether facts of this aspect can answer the question: knowledge, for others, for oneself."""
+    if re.match(
+        r"(What|Which|Who|Why|Is|Are|Does|Do|Can|Could|Will) (?!.*\bI\b)", piece["question"]
+    ):
+        return line["aspect"] in ("what", "signs", "causes", "outlook", "myth")
+    if kin(piece)[1]:
+        return line["aspect"] == "other"
+    return line["aspect"] in ("self", "steps", "care")
 
 
 @dataclass
@@ -187,6 +200,7 @@ class Shares:
     brief: float = 0.0  # of untagged pages: one to three questions, and the page ends with them
     manners: float = 4  # of MARKS; more than four with either gap between questions
     mixed: float = 0.0  # answers in the dialogues' voice whose later sentences come from others
+    grounded: float = 0.0  # of those: the middle is facts that fit the question
 
 
 class Pages:
@@ -290,6 +304,11 @@ class Pages:
         for _ in range(rng.randint(1, 2)):
             some = [rng.choice(others) for _ in range(6)]
             middle += max(some, key=lambda other: len(other[0] & words))[1][1:-1]
+        lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
+        if lines and rng.random() < self.shares.grounded:
+            line = max(lines, key=lambda x: len(asked_for(x) & words) + rng.random())
+            middle = self.some(line, 2, 3)
+            return " ".join([*said, *middle, *last])
         if rng.random() < 0.5:
             last = rng.choice(others)[1][-1:]
         chosen = rng.sample(middle, min(len(middle), rng.randint(1, 3)))
