@@ -7,10 +7,10 @@ grow its segments, flash attention off and the memory-efficient kernel on. The o
 (`benchmarks/seed.py`, in fp16, its adapters in 32 bits, which it needs to start at all) and ours
 train in turns: original, ours at either length, and all four once more, each on a base loaded anew,
 64 rows a step, ours as `fit_memory` chooses it for a T4 (a test sees to that). Then ours with other
-settings, most telling first. In one step of each the GPU's own time is summed, since an H100 waits
-for the host where a T4 would not. Ours takes the first steps of the profile's 150. The rows and
-their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale say
-something of a T4.
+settings, most telling first. In one step of each the GPU's own time is summed, since an H100 may
+wait for the host where a T4 would not. Ours takes the first steps of the profile's 150. The rows
+and their lengths are real, the speed is this GPU's: only the ratio, the peaks and the loss scale
+say something of a T4.
 The file is written anew after each part. `--join FILE...` puts runs of several machines together,
 the newest first, joined files too: their paces are pooled, an older run's part under the name that
 its settings have today. Writes results/<gpu>/t4_limits.json; --out names another.
@@ -175,7 +175,7 @@ def measure(trainer: SFTTrainer, steps: int, fused: bool) -> dict[str, Any]:
     """Train some steps; the first only warms up, and in one more the GPU alone is watched."""
     use_fused_attention(trainer.model, fused)
     busy = Busy(steps + 1)
-    trainer.add_callback(busy)  # first: it ends before the meter's clock is read
+    trainer.add_callback(busy)
     meter, scale = Meter(trainer), Scale(steps + 1)
     scale.trainer = trainer
     trainer.add_callback(scale)
@@ -185,9 +185,9 @@ def measure(trainer: SFTTrainer, steps: int, fused: bool) -> dict[str, Any]:
     losses = [float(entry["loss"]) for entry in log]
     skipped = sum(b < a for a, b in zip([65536.0, *scale.scales], scale.scales, strict=False))
     reserved = torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
-    watched, tokens = meter.steps[-1]
+    tokens = meter.steps[-1][1]
     return summary(meter.steps[1:-1]) | {
-        "gpu": {"busy_s": busy.seconds, "useful_tokens": tokens, "step_s": watched,
+        "gpu": {"busy_s": busy.seconds, "useful_tokens": tokens,
                 "useful_tokens_per_busy_s": tokens / busy.seconds},
         "steps": len(meter.steps) - 1, "warmup_s": meter.steps[0][0], "peak_gib": peak_gib(),
         "reserved_gib": reserved, "seconds": time.perf_counter() - began,

@@ -316,10 +316,12 @@ def compile_alike(trainer: Trainer, resume: str | None) -> None:
     def after_the_first(model: nn.Module, inputs: Any, *rest: Any) -> Tensor:
         trainer.training_step = step
         kept = vars(trainer) | {"_metrics": deepcopy(getattr(trainer, "_metrics", None))}
-        with torch.random.fork_rng():
+        loaders = (state := trainer.accelerator.gradient_state).dataloader_references
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             step(model, next(iter(trainer.get_train_dataloader())), *rest)
         model.zero_grad()
         vars(trainer).update(kept)
+        state.dataloader_references = loaders  # what was begun above is not at its end
         return step(model, inputs, *rest)
 
     trainer.training_step = after_the_first

@@ -1,5 +1,6 @@
 """What is embedded: dialogues, pre-training text, tiny Falcon, adapter."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from tools.make_tiny_falcon import (
     HELPLINE,
     IN_CRISIS,
     MARKS,
+    WINDOW,
     Pages,
     Shares,
     Text,
@@ -112,15 +114,18 @@ def test_calm_text_keeps_helplines_to_the_topics_of_a_crisis() -> None:
     assert sum(bool(HELPLINE.search(f)) for f in facts) < len(facts) / 200
 
 
-def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end() -> None:
-    windows = torch.randint(12, 90, (4, 32), dtype=torch.int16)  # short: a busy machine is slow
+def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end(monkeypatch) -> None:
+    """By a clock that goes on by a hundredth of a second whenever it is read: once a step."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(time=lambda: next(ticks) / 100)
+    monkeypatch.setattr("tools.make_tiny_falcon.time", clock)
+    windows = torch.randint(12, 90, (4, WINDOW), dtype=torch.int16)
     args = SimpleNamespace(
-        width=64, layers=1, heads=1, dropout=0.0, decay=0.1, seed=0, batch=1, rate=1e-3, passes=1,
-        state=None, minutes=0.1, steps=None, z_loss=0.0, height=0.0, anchor=0.0,
+        width=64, layers=1, heads=1, dropout=0.0, decay=0.1, seed=0, batch=1, rate=1e-3,
+        passes=2500, state=None, minutes=0.05, steps=None, z_loss=0.0, height=0.0, anchor=0.0,
     )  # fmt: skip
-    args.passes = 25_000  # 100,000 steps
-    report = train(build_model(args, 96), windows, args)
-    assert 60 < report["of"] < 100_000 and report["steps"] > 0.4 * report["of"]
+    report = train(build_model(args, 96), windows, args)  # 10,000 steps were asked for
+    assert 200 < report["of"] < 350 and report["steps"] >= 0.95 * report["of"]
 
 
 def test_pages_kept_with_other_settings_are_refused(tmp_path, monkeypatch) -> None:
@@ -153,6 +158,8 @@ def test_sentences_are_exchanged_only_where_they_fit() -> None:
     said = ["Anger is common. It often hides fear.", "Walk first. Then talk to a friend."]
     piece = {"topic": "anger", "question": "I am angry. What can I do?", "answer": " ".join(said)}
     assert parts(piece) == said
+    quoted = piece | {"answer": "Say 'I am angry. Please wait.' Go out. Your parents' house helps."}
+    assert parts(quoted)[1:] == ["Your parents' house helps."]
     assert kin(piece) == ("anger", False)
     assert kin(piece | {"question": "My son is angry. What can I do?"}) == ("anger", True)
     assert kin(piece | {"question": "I am angry with my son."}) == ("anger", False)

@@ -1,6 +1,7 @@
 """The memory plan: against recorded points, to the byte where bytes are known, and put to use."""
 
 import copy
+import doctest
 import json
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks import t4_limits
 from benchmarks.memory import (
     BEST,
     FAST,
@@ -207,6 +209,21 @@ def test_what_was_timed_under_a_t4_s_limits_is_what_a_t4_gets(length: int) -> No
     assert profile.gradient_checkpointing
 
 
+def test_runs_under_a_t4_s_limits_join_and_come_apart_again() -> None:
+    """No part is lost or takes another's name, the second turns of a run least of all."""
+    assert doctest.testmod(t4_limits).attempted >= 4
+    assert not doctest.testmod(t4_limits).failed
+    pace = {"useful_tokens_per_s": {"value": 6, "low": 5, "high": 7, "n": 2}}
+    ours = pace | {"rows": 8, "again_of": 8}
+    turns = {"seed, 512 tokens": pace, "ours, 512 tokens": ours}
+    run = {"date": "May", "parts": turns | {f"{name}, again": x for name, x in turns.items()}}
+    both = t4_limits.joined(run, run, run)
+    assert len(both["parts"]) == 12 and both["ratio"]["512"]["by_run"] == [1.0] * 3
+    pieces = t4_limits.apart(both)
+    assert [piece["parts"] for piece in pieces] == [run["parts"]] * 3
+    assert t4_limits.joined(*pieces)["parts"] == both["parts"]
+
+
 def test_what_somebody_has_set_and_what_is_not_planned_stays() -> None:
     own = replace(A100, batch_size=2, accumulation=32)
     fitted = fit_memory(own, BEST, FalconConfig(), [300] * 9, fixed=True, memory=40 * GIB)
@@ -303,7 +320,7 @@ def test_where_compiling_fails_the_run_goes_on_uncompiled(monkeypatch, capsys) -
 
 
 def test_a_resumed_run_sees_its_first_sizes_first_and_ends_alike(tmp_path: Path) -> None:
-    """Compiled blocks stand-ins note sizes; dropout, counts and weights are the unbroken run's."""
+    """Stand-ins for compiled blocks note sizes; all else must be as in the unbroken run."""
     ends: dict[str, tuple] = {}
     for name, resume in (("unbroken", None), ("resumed", str(tmp_path / "unbroken/checkpoint-1"))):
         trainer, sizes = tiny_trainer(tmp_path / name, 2), []
@@ -316,9 +333,11 @@ def test_a_resumed_run_sees_its_first_sizes_first_and_ends_alike(tmp_path: Path)
             if isinstance(block, FalconDecoderLayer):
                 block._compiled_call_impl = noted(block, sizes)
         assert train_and_survive(trainer, resume)
+        left_open = trainer.accelerator.gradient_state.active_dataloader
         weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
         counts = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
         ends[name] = sizes[0], trainer.state.log_history[-2]["loss"], counts[-1], weights
+    assert left_open is None, "the batch of the first sizes came from it"
     (*rest, all_tokens, weights), (*same, tokens, again) = ends.values()
     assert rest == same and rest[0][:2] == (2, 5)
     assert tokens == all_tokens - sum(range(4, 12)), "TRL counts what a run has seen itself"

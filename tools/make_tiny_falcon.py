@@ -101,6 +101,8 @@ OF_OTHERS = re.compile(
     r"|cousin|flatmate|roommate|teenager|family|someone|somebody|relative|he|she|him|her)\b",
     re.I,
 )
+SENTENCE_END = re.compile(r"(?<=[.!?]) ")
+OPENS, CLOSES = (re.compile(r) for r in (r"(?<!\S)['\"]", r"['\"](?=[\s.,;:!?]|$)"))  # a quotation
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
 COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm")  # decide the pages
 HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
@@ -150,10 +152,11 @@ def reword(question: str, rng: random.Random) -> str:
 
 
 def parts(piece: dict) -> list[str]:
-    """An answer's sentences, each with those behind it that lean on it."""
+    """An answer's sentences, each with those behind it that lean on it; quotations stay whole."""
     found: list[str] = []
-    for sentence in re.split(r"(?<=[.!?]) ", piece["answer"]):
-        if found and LEANS.match(sentence):
+    for sentence in SENTENCE_END.split(piece["answer"]):
+        quoted = found and len(OPENS.findall(found[-1])) > len(CLOSES.findall(found[-1]))
+        if found and (quoted or LEANS.match(sentence)):
             found[-1] += " " + sentence
         else:
             found.append(sentence)
@@ -218,10 +221,10 @@ class Pages:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
         self.voices: list[dict] = []
-        self.parts: dict[tuple, list[tuple[set, list[str]]]] = {}  # of answers, by topic and whom
+        self.bank: dict[tuple, list[tuple[set, list[str]]]] = {}  # parts of answers, by kin
         self.closings: dict[str, list[str]] = {}
         for piece in self.answers:
-            last = re.split(r"(?<=[.!?]) ", piece["answer"])[-1]
+            last = SENTENCE_END.split(piece["answer"])[-1]
             if CLOSING.match(last):
                 self.closings.setdefault(piece["topic"], []).append(last)
 
@@ -282,37 +285,36 @@ class Pages:
         if not self.voices:
             self.voices = self.rng.sample(self.answers, len(self.answers))
         piece = self.voices.pop()
-        answer = piece["answer"]
         if self.shares.mixed and self.rng.random() < self.shares.mixed:
             return reword(piece["question"], self.rng), self.mixed(piece)
-        *rest, last = re.split(r"(?<=[.!?]) ", answer)
+        answer = piece["answer"]
+        *rest, last = SENTENCE_END.split(answer)
         if CLOSING.match(last) and self.rng.random() < 0.4:  # another closing on the same topic
             answer = " ".join([*rest, self.rng.choice(self.closings[piece["topic"]])])
         return reword(piece["question"], self.rng), answer
 
     def mixed(self, piece: dict) -> str:
-        """The answer with its own beginning, and the rest from the likest answers on the topic.
+        """The answer with its own beginning, and the rest from facts or answers on the topic.
 
         So each sentence is met in many a neighbourhood, and learned as a sentence.
         """
-        if not self.parts:
+        if not self.bank:
             for each in self.answers:
-                self.parts.setdefault(kin(each), []).append((asked_for(each), parts(each)))
+                self.bank.setdefault(kin(each), []).append((asked_for(each), parts(each)))
         own, words, rng = parts(piece), asked_for(piece), self.rng
         said, middle, last = own[:1], own[1:-1], own[-1:] if len(own) > 1 else []
-        others = self.parts[kin(piece)]
-        for _ in range(rng.randint(1, 2)):
-            some = [rng.choice(others) for _ in range(6)]
-            middle += max(some, key=lambda other: len(other[0] & words))[1][1:-1]
         lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
         if lines and rng.random() < self.shares.grounded:
-            line = max(lines, key=lambda x: len(asked_for(x) & words) + rng.random())
-            middle = self.some(line, 2, 3)
-            return " ".join([*said, *middle, *last])
-        if rng.random() < 0.5:
-            last = rng.choice(others)[1][-1:]
-        chosen = rng.sample(middle, min(len(middle), rng.randint(1, 3)))
-        return " ".join(dict.fromkeys([*said, *chosen, *last]))
+            likest = max(lines, key=lambda x: len(asked_for(x) & words) + rng.random())
+            middle = self.some(likest, 2, 3)
+        else:
+            others = self.bank[kin(piece)]
+            for _ in range(rng.randint(1, 2)):
+                some = rng.choices(others, k=6)
+                middle += max(some, key=lambda other: len(other[0] & words))[1][1:-1]
+            middle = rng.sample(middle, min(len(middle), rng.randint(1, 3)))
+            last = rng.choice(others)[1][-1:] if rng.random() < 0.5 else last
+        return " ".join(dict.fromkeys([*said, *middle, *last]))
 
     def pair(self, line: dict | None = None) -> str:
         kind, shares = self.rng.random(), self.shares
