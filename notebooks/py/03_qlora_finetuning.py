@@ -441,8 +441,8 @@ for kind in ("bf16", "fp16"):
 
 # %% [markdown]
 # We see 0.0 four times: losses and adapter are equal to the last bit
-# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. A checkpoint brings the
-# optimizer's state back unpaged, and a run that goes on compiles for other rows: both are mended.
+# ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. Every state is paged:
+# left alone it would come back unpaged, and the run would compile for other rows. Both are mended.
 #
 # ## 8. Save, and load back
 # The adapter is all we keep: the base is the same for everyone. We save it as it was at the star,
