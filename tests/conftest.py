@@ -39,7 +39,8 @@ sys.addaudithook(hook)
 SLOW = (
     "test_many_gpus.py",
     "test_faults.py::test_a_run_survives",
-    "test_notebooks.py::test_in_order test_notebooks.py::test_nothing test_notebooks.py::test_what",
+    "test_notebooks.py::test_in_order test_notebooks.py::test_nothing test_notebooks.py::test_what "
+    "test_notebooks.py::test_a_finished",
     "test_faults.py",
     "test_crossval.py",
     "test_chat_browser.py test_chat_load.py",

@@ -6,6 +6,7 @@ Everything happens in copies of the tree, two notebooks at a time, or one in eac
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -153,3 +154,15 @@ def test_what_the_notebooks_leave(jobs: Jobs, base: Path) -> None:
 def test_the_twin_of_03_is_a_script(jobs: Jobs) -> None:
     faults = jobs["script"].result()
     assert not faults, faults["script"]
+
+
+def test_a_finished_page_03_may_be_run_again(jobs: Jobs, base: Path) -> None:
+    slug = "03_qlora_finetuning"
+    assert slug not in jobs["order"].result()
+    root = base / "order"
+    known = {s: constants(root / f"notebooks/{s}.ipynb") for s in SLUGS}
+    run_one(slug, given(list(SMALL), known)[slug], root)
+    page = executed(root, slug)
+    said = "".join(o.get("text", "") for c in page.cells for o in c.get("outputs", []))
+    assert "no step was left to take" in said
+    assert not re.search(r"\bnan\b", said)

@@ -440,7 +440,7 @@ for kind in ("bf16", "fp16"):
           f"{now['paged_states']} of {h100[kind]['unbroken']['paged_states']} states paged")
 
 # %% [markdown]
-# We see 0.0 four times: losses and adapter are equal to the last bit
+# We see 0.0 four times: losses and adapter equal to the last bit
 # ([resume.json](../results/h100/resume.json)). bf16 needs no loss scale. Every state is paged:
 # left alone it would come back unpaged, and the run would compile for other rows. Both are mended.
 #
@@ -507,12 +507,11 @@ print(f"adapters: planned {4 * n_predicted:,} bytes, saved {files['adapter_model
 if profile.on_gpu:
     peak = torch.cuda.max_memory_allocated() / GIB
     print(f"peak {peak:.2f} GiB allocated, planned {sum(plan.values()) / GIB:.2f} GiB")
-print(f"{progress.step_seconds:.2f} s a step, {rows_per_step / progress.step_seconds:.1f} rows/s")
+print(f"{progress.step_seconds:.2f} s a step" if progress.times else "no step was left to take")
 
 # %% [markdown]
 # We see the bytes agree up to a header of a few kB, and what one step takes in seconds; times the
-# number of steps, that is nearly all of this page's time. What a step costs on Falcon-7B
-# follows.
+# number of steps, that is nearly all of this page's time.
 
 # %% [markdown] tags=["results-table"]
 # Twenty steps of this page on a Falcon-7B of random weights and the true shape, A100 profile, the
