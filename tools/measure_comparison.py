@@ -8,10 +8,12 @@ results/cpu/comparison.json.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from datasets import Dataset
 from peft import PeftModel
 
 from helpers.checkpoints import find_adapter
@@ -26,15 +28,19 @@ from tools.results import this_command, write_result
 SEEDS = (0, 1, 2)
 
 
-def main() -> None:
-    """Answer, score, write."""
-    test = split_rows(load_dialogues(TINY.dataset)[0])["test"]
+def compare(model: Any, tokenizer: Any, test: Dataset) -> dict[str, Any]:
+    """Both sides on the test dialogues; prints what each answers with the first seed.
+
+    Args:
+        model: with its adapter, in eval mode.
+        tokenizer: the model's own.
+        test: with `question` and `answer`.
+
+    Returns:
+        "adapter" and "base" with page 04's figures and `answer_loss` (nats a token), each a mean
+        with its interval; "difference" of the two losses; "answer_loss_fall", a share; "seeds".
+    """
     prompts = [format_prompt(question) for question in test["question"]]
-    base = load_falcon(TINY.model, TINY)
-    use_fused_attention(base)
-    places = (None, ROOT / "artifacts", None, None, TINY.adapter)
-    adapter, where = find_adapter(*places, base.config.hidden_size, TINY.model)
-    model, tokenizer = PeftModel.from_pretrained(base, adapter).eval(), load_tokenizer(TINY.model)
     config, figures, losses = sampling(tokenizer), {}, {}
 
     def measure(name: str) -> None:
@@ -51,7 +57,18 @@ def main() -> None:
         measure("base")
     figures["difference"] = paired_difference(losses["adapter"], losses["base"])
     fall = 1 - figures["adapter"]["answer_loss"]["value"] / figures["base"]["answer_loss"]["value"]
-    figures |= {"answer_loss_fall": fall, "seeds": len(SEEDS), "adapter_from": where}
+    return figures | {"answer_loss_fall": fall, "seeds": len(SEEDS)}
+
+
+def main() -> None:
+    """Answer, score, write."""
+    test = split_rows(load_dialogues(TINY.dataset)[0])["test"]
+    base = load_falcon(TINY.model, TINY)
+    use_fused_attention(base)
+    places = (None, ROOT / "artifacts", None, None, TINY.adapter)
+    adapter, where = find_adapter(*places, base.config.hidden_size, TINY.model)
+    model, tokenizer = PeftModel.from_pretrained(base, adapter).eval(), load_tokenizer(TINY.model)
+    figures = compare(model, tokenizer, test) | {"adapter_from": where}
     figure = "base against adapter, 18 test dialogues, three sampling seeds, tiny Falcon"
     print(write_result("comparison", figures, figure, this_command()))
 
