@@ -27,6 +27,7 @@ from tools.make_tiny_falcon import (
     main,
     ngrams,
     parts,
+    plainest_answers,
     read_lines,
     train,
 )
@@ -169,3 +170,13 @@ def test_sentences_are_exchanged_only_where_they_fit() -> None:
     answer = Pages(text, 0, Shares(mixed=1.0, grounded=1.0)).voice()[1]
     assert answer.startswith("Anger is common. It often hides fear. self")
     assert "what" not in answer and "other" not in answer
+
+
+def test_the_plainest_answers_are_kept_of_each_topic() -> None:
+    """Few rare words, a plain question; no topic loses all, and the order stays."""
+    plain = {"topic": "sleep", "question": "How do I sleep?", "answer": "Go to bed early."}
+    rare = plain | {"answer": "Melatonin, a circadian hormone, synchronises somnolent mammals."}
+    asked = plain | {"question": "How do I sleep beside my snoring wealthy Belgian grandfather?"}
+    alone = rare | {"topic": "anger"}
+    assert plainest_answers([rare, asked, alone, plain], 0.3) == [alone, plain]
+    assert plainest_answers([asked, rare, plain, alone], 1.0) == [asked, rare, plain, alone]

@@ -18,6 +18,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -104,7 +105,7 @@ OF_OTHERS = re.compile(
 SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 OPENS, CLOSES = (re.compile(r) for r in (r"(?<!\S)['\"]", r"['\"](?=[\s.,;:!?]|$)"))  # a quotation
 CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
-COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm")  # decide the pages
+COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm", "plain")  # of pages
 HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
 IN_CRISIS = ("crisis lines", "a safety plan", "asking about suicide", "someone in crisis")
 COMMON = set(
@@ -464,6 +465,25 @@ def plainest(passages: list[dict], n: int) -> list[dict]:
     return sorted(passages, key=rank, reverse=True)[:n]
 
 
+def plainest_answers(answers: list[dict], share: float) -> list[dict]:
+    """This share of each topic's answers: those to plain questions, with the fewest rare words."""
+    said = [set(re.findall(r"[a-z']+", f"{x['question']} {x['answer']}".lower())) for x in answers]
+    known = Counter(word for words in said for word in words)
+    rank = [
+        sum(known[word] < 100 for word in words) + len(asked_for(x)) / 2
+        for x, words in zip(answers, said, strict=True)
+    ]
+    of_topic: dict[str, list[int]] = {}
+    for i, x in enumerate(answers):
+        of_topic.setdefault(x["topic"], []).append(i)
+    kept = {
+        i
+        for places in of_topic.values()
+        for i in sorted(places, key=rank.__getitem__)[: math.ceil(share * len(places))]
+    }
+    return [x for i, x in enumerate(answers) if i in kept]
+
+
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with Falcon's special tokens at Falcon's places, 0 to 11."""
     tokenizer = Tokenizer(models.BPE())
@@ -751,7 +771,7 @@ def parse() -> argparse.Namespace:
     add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
     add("--decay", type=float, default=0.1)
     add("--more", action="store_true"), add("--single", action="store_true")
-    add("--calm", action="store_true")
+    add("--calm", action="store_true"), add("--plain", type=float, default=1.0)
     return parser.parse_args()
 
 
@@ -761,6 +781,8 @@ def main() -> None:
     if args.single:  # paragraphs: a line break then ends an answer, and nothing else
         text.passages = [p | {"s": p["s"].split("\n")[0]} for p in text.passages]
     text.passages = plainest(text.passages, args.passages)
+    if args.plain < 1:
+        text.answers = plainest_answers(text.answers, args.plain)
     for pieces in (text.passages, text.answers):
         random.Random(args.seed).shuffle(pieces)
     n_held = max(1, len(text.passages) // 50)
