@@ -170,6 +170,10 @@ def test_sentences_are_exchanged_only_where_they_fit() -> None:
     answer = Pages(text, 0, Shares(mixed=1.0, grounded=1.0)).voice()[1]
     assert answer.startswith("Anger is common. It often hides fear. self")
     assert "what" not in answer and "other" not in answer
+    lines[0] |= {"aspect": "care", "facts": ["care"]}
+    pages = Pages(Text(lines, [], [piece], []), 0, Shares(mixed=1.0, grounded=1.0))
+    endings = {pages.voice()[1].split()[-1] for _ in range(30)}
+    assert endings == {"care", "friend."}, "where to find help, or the answer's own last sentence"
 
 
 def test_the_plainest_answers_are_kept_of_each_topic() -> None:

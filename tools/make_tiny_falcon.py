@@ -307,7 +307,9 @@ class Pages:
         lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
         if lines and rng.random() < self.shares.grounded:
             likest = max(lines, key=lambda x: len(asked_for(x) & words) + rng.random())
-            middle = self.some(likest, 2, 3)
+            middle, care = self.some(likest, 2, 3), self.by_topic[piece["topic"]].get("care")
+            if care and rng.random() < 0.5:
+                last = [rng.choice(care["facts"])]
         else:
             others = self.bank[kin(piece)]
             for _ in range(rng.randint(1, 2)):
