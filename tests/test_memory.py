@@ -211,8 +211,8 @@ def test_what_was_timed_under_a_t4_s_limits_is_what_a_t4_gets(length: int) -> No
 
 def test_runs_under_a_t4_s_limits_join_and_come_apart_again() -> None:
     """No part is lost or takes another's name, the second turns of a run least of all."""
-    assert doctest.testmod(t4_limits).attempted >= 4
-    assert not doctest.testmod(t4_limits).failed
+    examples = doctest.testmod(t4_limits)
+    assert examples.attempted >= 4 and not examples.failed
     pace = {"useful_tokens_per_s": {"value": 6, "low": 5, "high": 7, "n": 2}}
     ours = pace | {"rows": 8, "again_of": 8}
     turns = {"seed, 512 tokens": pace, "ours, 512 tokens": ours}

@@ -48,14 +48,18 @@ def files(folder: Path) -> dict[str, int]:
     return {n: size for n, size in names.items() if not any(part in n for part in ignored)}
 
 
+def run_in(root: Path, slug: str) -> None:
+    known = {s: constants(root / f"notebooks/{s}.ipynb") for s in SLUGS}
+    run_one(slug, given(list(SMALL), known)[slug], root)
+
+
 def run_notebooks(folder: Path, chosen: list[str]) -> dict[str, str]:
     """Run notebooks in a new copy of the tree; what went wrong, by slug."""
     root, faults = copy_of_the_tree(folder), {}
     before = files(root)
-    known = {slug: constants(root / f"notebooks/{slug}.ipynb") for slug in SLUGS}
     for slug in chosen:
         try:
-            run_one(slug, given(list(SMALL), known)[slug], root)
+            run_in(root, slug)
         except RuntimeError as error:
             faults[slug] = str(error)
     if files(root) != before:
@@ -159,10 +163,8 @@ def test_the_twin_of_03_is_a_script(jobs: Jobs) -> None:
 def test_a_finished_page_03_may_be_run_again(jobs: Jobs, base: Path) -> None:
     slug = "03_qlora_finetuning"
     assert slug not in jobs["order"].result()
-    root = base / "order"
-    known = {s: constants(root / f"notebooks/{s}.ipynb") for s in SLUGS}
-    run_one(slug, given(list(SMALL), known)[slug], root)
-    page = executed(root, slug)
+    run_in(base / "order", slug)
+    page = executed(base / "order", slug)
     said = "".join(o.get("text", "") for c in page.cells for o in c.get("outputs", []))
     assert "no step was left to take" in said
     assert not re.search(r"\bnan\b", said)

@@ -783,8 +783,7 @@ def main() -> None:
     if args.single:  # paragraphs: a line break then ends an answer, and nothing else
         text.passages = [p | {"s": p["s"].split("\n")[0]} for p in text.passages]
     text.passages = plainest(text.passages, args.passages)
-    if args.plain < 1:
-        text.answers = plainest_answers(text.answers, args.plain)
+    text.answers = plainest_answers(text.answers, args.plain)
     for pieces in (text.passages, text.answers):
         random.Random(args.seed).shuffle(pieces)
     n_held = max(1, len(text.passages) // 50)

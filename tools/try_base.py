@@ -3,7 +3,7 @@
     python tools/try_base.py FOLDER --rate 7e-4 --steps 45
 
 Trains as page 03 does, without early stopping, scores as `make results` does, prints all test
-answers and one line of figures, and writes nothing.
+answers and the figures in three lines, and writes nothing.
 """
 
 import argparse
