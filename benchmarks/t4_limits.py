@@ -41,7 +41,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTTrainer
 
 from benchmarks.seed import load_seed_base, seed_trainer
-from benchmarks.training import Meter, estimate, peak_gib, summary, synchronize
+from benchmarks.training import Meter, peak_gib, summary, synchronize
 from helpers.dialogues import load_dialogues, to_prompt_completion
 from helpers.falcon import load_falcon, load_tokenizer, use_fused_attention
 from helpers.profiles import GIB, T4, TINY, Profile
@@ -237,10 +237,21 @@ def ratio(ours: list[dict], seed: list[dict]) -> dict[str, float]:
     }
 
 
-def busy_ratio(ours: list[dict], seed: list[dict]) -> float:
-    """Ours over the original's useful tokens for a second in which the GPU works."""
-    pace = [[part["gpu"]["useful_tokens_per_busy_s"] for part in parts] for parts in (ours, seed)]
-    return (sum(pace[0]) / len(pace[0])) / (sum(pace[1]) / len(pace[1]))
+def busy_ratio(ours: list[dict], seed: list[dict]) -> dict[str, float]:
+    """Ours over the original's useful tokens for a second in which the GPU works, by turns.
+
+    Example:
+        >>> fast, slow = ({"gpu": {"useful_tokens_per_busy_s": pace}} for pace in (8, 2))
+        >>> busy_ratio([fast, fast], [slow])
+        {'value': 4.0, 'low': 4.0, 'high': 4.0, 'n': 1}
+    """
+    ours, seed = ([p["gpu"]["useful_tokens_per_busy_s"] for p in parts] for parts in (ours, seed))
+    return {
+        "value": (sum(ours) / len(ours)) / (sum(seed) / len(seed)),
+        "low": min(ours) / max(seed),
+        "high": max(ours) / min(seed),
+        "n": min(len(ours), len(seed)),
+    }
 
 
 def ratios(figures: dict[str, Any]) -> None:
@@ -259,10 +270,10 @@ def ratios(figures: dict[str, Any]) -> None:
                 each = [ratio(*run)["value"] for run in both]
                 key = str(length) if way == "ours" else f"{length}, {way}"
                 figures["ratio"][key] = pooled | {"by_run": each}
-                if on_gpu := [
-                    busy_ratio(*run) for run in both if all("gpu" in p for p in sum(run, []))
-                ]:
-                    figures["ratio"][f"{key}, of the GPU's own time"] = estimate(on_gpu)
+                watched = [run for run in both if all("gpu" in p for p in sum(run, []))]
+                if watched:
+                    pooled = busy_ratio(*(sum(parts, []) for parts in zip(*watched, strict=True)))
+                    figures["ratio"][f"{key}, of the GPU's own time"] = pooled
 
 
 def joined(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:

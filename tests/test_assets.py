@@ -26,6 +26,7 @@ from tools.make_tiny_falcon import (
     load_text,
     main,
     ngrams,
+    optimizers_of,
     parts,
     plainest_answers,
     read_lines,
@@ -81,11 +82,13 @@ def test_pages_never_end_where_an_answer_does() -> None:
     assert not [e for e in endings if "<ASSISTANT>" in e or "Answer:" in e]
 
 
-def test_pages_may_be_short_and_end_with_an_answer_if_asked() -> None:
+def test_a_transcript_may_end_at_any_answer_if_asked() -> None:
+    """At one answer in three: most go on, so that the likeliest word after an answer is a turn."""
     text = load_text(TEXT, DIALOGUES)
-    pages = Pages(text, 1, Shares(transcripts=1, short=1, open=1))
-    found = [pages.page() for _ in range(40)]
-    assert {page.count("<HUMAN>:") for page in found} == {1, 2, 3, 4}
+    pages = Pages(text, 1, Shares(transcripts=1, stop=0.33))
+    found = [pages.page() for _ in range(300)]
+    turns = [page.count("<HUMAN>:") for page in found]
+    assert 0.25 < len(turns) / sum(turns) < 0.41 and {1, 2, 3, 4} <= set(turns) <= set(range(1, 15))
     assert all("<ASSISTANT>:" in page.split("\n<HUMAN>:")[-1] for page in found)
     assert len(ENDINGS) == 12 and all(ENDINGS)
     assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
@@ -123,7 +126,8 @@ def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end(m
     windows = torch.randint(12, 90, (4, WINDOW), dtype=torch.int16)
     args = SimpleNamespace(
         width=64, layers=1, heads=1, dropout=0.0, decay=0.1, seed=0, batch=1, rate=1e-3,
-        passes=2500, state=None, minutes=0.05, steps=None, z_loss=0.0, height=0.0, anchor=0.0,
+        muon=False, passes=2500, state=None, minutes=0.05, steps=None, z_loss=0.0, height=0.0,
+        anchor=0.0,
     )  # fmt: skip
     report = train(build_model(args, 96), windows, args)  # 10,000 steps were asked for
     assert 200 < report["of"] < 350 and report["steps"] >= 0.95 * report["of"]
@@ -174,6 +178,35 @@ def test_sentences_are_exchanged_only_where_they_fit() -> None:
     pages = Pages(Text(lines, [], [piece], []), 0, Shares(mixed=1.0, grounded=1.0))
     endings = {pages.voice()[1].split()[-1] for _ in range(30)}
     assert endings == {"care", "friend."}, "where to find help, or the answer's own last sentence"
+
+
+def test_facts_alone_answer_tagged_questions_if_asked() -> None:
+    """Those that fit the question; untagged pages keep the answer as it was written."""
+    piece = {"topic": "anger", "question": "I am angry. What can I do?", "answer": "Walk first."}
+    lines = [{"topic": "anger", "aspect": aspect, "questions": ["What?"], "facts": [aspect, aspect]}
+             for aspect in ("what", "self", "feel")]  # fmt: skip
+    lines.append({"topic": "anger", "aspect": "care", "questions": ["Who?"], "facts": ["care"]})
+    pages = Pages(Text(lines, [], [piece], []), 0, Shares(bare=1.0))
+    assert {pages.voice()[1] for _ in range(9)} == {"Walk first."}
+    said = [pages.voice(tagged=True)[1].split() for _ in range(60)]
+    assert {word for words in said for word in words} == {"feel", "self", "care"}
+    assert {words[0] for words in said} == {"feel", "self", "care"}
+    assert all("feel" not in words[1:] for words in said)
+
+
+def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
+    args = SimpleNamespace(
+        width=64, layers=1, heads=1, dropout=0.0, seed=0, decay=0.1, rate=1e-3, muon=True
+    )
+    model = build_model(args, 96)
+    adamw, muon = optimizers_of(model, args)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert len(matrices) == 4 and all(name.startswith("transformer.h.") for name in matrices)
+    others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert not matrices & others and matrices | others == set(names.values())
+    args.muon = False
+    assert [type(o) for o in optimizers_of(model, args)] == [torch.optim.AdamW]
 
 
 def test_the_plainest_answers_are_kept_of_each_topic() -> None:

@@ -17,9 +17,10 @@ import lzma
 import math
 import random
 import re
+import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tools import frames
+
 SPECIAL = [
     f">>{name}<<"
     for name in (
@@ -199,12 +204,14 @@ class Shares:
     stories: float = 0.4  # prose, among the pieces of a magazine
     articles: float = 0.08  # the rest of the pages are questions and answers without tags
     spliced: float = 0.1  # pairs of facts made one sentence, in answers
-    short: float = 0.0  # of all transcripts: one to four turns
+    stop: float = 0.0  # of tagged turns: the transcript and its page end there, without a footer
     open: float = 0.0  # of all pages: they end with their text, without a footer
     brief: float = 0.0  # of untagged pages: one to three questions, and the page ends with them
     manners: float = 4  # of MARKS; more than four with either gap between questions
     mixed: float = 0.0  # answers in the dialogues' voice whose later sentences come from others
     grounded: float = 0.0  # of those: the middle is facts that fit the question
+    bare: float = 0.0  # of the dialogues' questions in tagged turns: facts alone answer, no list
+    framed: float = 0.0  # of those in untagged pages: answered in controlled English
 
 
 class Pages:
@@ -213,7 +220,7 @@ class Pages:
     def __init__(self, text: "Text", seed: int, shares: Shares):
         self.rng = random.Random(seed)
         self.facts, self.passages, self.prose = text.facts, text.passages, text.prose
-        self.answers = text.answers
+        self.answers, self.phrases, self.taboo = text.answers, text.phrases, text.taboo
         self.shares = shares
         words = {w for line in self.facts for f in line["facts"] for w in f.split()[1:]}
         self.plain = {w for w in words if w.islower()}  # words that need no capital
@@ -228,6 +235,10 @@ class Pages:
             last = SENTENCE_END.split(piece["answer"])[-1]
             if CLOSING.match(last):
                 self.closings.setdefault(piece["topic"], []).append(last)
+
+    def is_taboo(self, sentence: str) -> bool:
+        """Whether the sentence shares eight words in a row with a dialogue's answer."""
+        return bool(ngrams(sentence) & self.taboo)
 
     def passage(self) -> dict:
         """The next passage; each is used once before any is used again."""
@@ -268,7 +279,7 @@ class Pages:
     def answer(self, line: dict, kind: float = 0.3) -> str:
         """Two to five facts that answer, now and then with a kind word or where to find help."""
         topic, rng = self.by_topic[line["topic"]], self.rng
-        if line["aspect"] == "steps" and rng.random() < 0.5:
+        if line["aspect"] == "steps" and not self.shares.bare and rng.random() < 0.5:
             return self.numbered(self.some(line, 3, 5))
         said = self.some(line, 2, 5)
         if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < kind:
@@ -281,11 +292,20 @@ class Pages:
         """A question on a topic and its answer, made of facts."""
         return reword(self.rng.choice(line["questions"]), self.rng), self.answer(line, kind)
 
-    def voice(self) -> tuple[str, str]:
+    def voice(self, tagged: bool = False) -> tuple[str, str]:
         """A question and its answer in the dialogues' voice; each once before any comes again."""
         if not self.voices:
             self.voices = self.rng.sample(self.answers, len(self.answers))
         piece = self.voices.pop()
+        if tagged and self.shares.bare and self.rng.random() < self.shares.bare:
+            if line := self.likest(piece):
+                return reword(piece["question"], self.rng), self.of_facts(line, piece)
+        if not tagged and self.shares.framed and self.rng.random() < self.shares.framed:
+            if phrases := self.phrases.get(piece["topic"]):
+                said = frames.answer(
+                    piece["question"], phrases, kin(piece)[1], self.rng, self.is_taboo
+                )
+                return reword(piece["question"], self.rng), said
         if self.shares.mixed and self.rng.random() < self.shares.mixed:
             return reword(piece["question"], self.rng), self.mixed(piece)
         answer = piece["answer"]
@@ -293,6 +313,22 @@ class Pages:
         if CLOSING.match(last) and self.rng.random() < 0.4:  # another closing on the same topic
             answer = " ".join([*rest, self.rng.choice(self.closings[piece["topic"]])])
         return reword(piece["question"], self.rng), answer
+
+    def likest(self, piece: dict) -> dict | None:
+        """The facts on the question's topic that fit it best, if any do."""
+        lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
+        words = asked_for(piece)
+        return max(lines, key=lambda x: len(asked_for(x) & words) + self.rng.random(), default=None)
+
+    def of_facts(self, line: dict, piece: dict) -> str:
+        """Two to four of the facts; before them a kind word if somebody speaks of themselves."""
+        topic, rng = self.by_topic[line["topic"]], self.rng
+        said = self.some(line, 2, 4)
+        if "feel" in topic and re.search(r"\b(I|my)\b", piece["question"]) and rng.random() < 0.3:
+            said.insert(0, rng.choice(topic["feel"]["facts"]))
+        if "care" in topic and line["aspect"] != "care" and rng.random() < 0.4:
+            said.append(rng.choice(topic["care"]["facts"]))
+        return self.joined(said)
 
     def mixed(self, piece: dict) -> str:
         """The answer with its own beginning, and the rest from facts or answers on the topic.
@@ -304,9 +340,8 @@ class Pages:
                 self.bank.setdefault(kin(each), []).append((asked_for(each), parts(each)))
         own, words, rng = parts(piece), asked_for(piece), self.rng
         said, middle, last = own[:1], own[1:-1], own[-1:] if len(own) > 1 else []
-        lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
-        if lines and rng.random() < self.shares.grounded:
-            likest = max(lines, key=lambda x: len(asked_for(x) & words) + rng.random())
+        likest = self.likest(piece)
+        if likest and rng.random() < self.shares.grounded:
             middle, care = self.some(likest, 2, 3), self.by_topic[piece["topic"]].get("care")
             if care and rng.random() < 0.5:
                 last = [rng.choice(care["facts"])]
@@ -322,7 +357,7 @@ class Pages:
     def pair(self, line: dict | None = None) -> str:
         kind, shares = self.rng.random(), self.shares
         if self.answers and kind < shares.voice:
-            question, answer = self.voice()
+            question, answer = self.voice(tagged=True)
         elif line is not None or kind < shares.voice + shares.facts:
             question, answer = self.asked(line or self.rng.choice(self.facts))
         elif self.prose and kind < shares.voice + shares.facts + shares.prose:
@@ -336,8 +371,12 @@ class Pages:
 
     def transcript(self) -> str:
         rng = self.rng
-        few = self.shares.short and rng.random() < self.shares.short
-        n = rng.randint(1, 4) if few else rng.randint(6, 14)
+        if self.shares.stop:
+            n, self.ended = 1, True
+            while n < 14 and rng.random() > self.shares.stop:
+                n += 1
+        else:
+            n = rng.randint(6, 14)
         if rng.random() < 0.25:  # one person stays with one topic
             lines = list(self.by_topic[rng.choice(list(self.by_topic))].values())
             return "\n".join(self.pair(rng.choice(lines)) for _ in range(n))
@@ -417,6 +456,8 @@ class Text:
     prose: list[dict]
     answers: list[dict]
     passages: list[dict]
+    phrases: dict[str, dict] = field(default_factory=dict)  # of frames, by topic
+    taboo: set[tuple[str, ...]] = field(default_factory=set)
 
 
 def load_text(folder: Path, dialogues: Path, more: bool = False, calm: bool = False) -> Text:
@@ -430,7 +471,7 @@ def load_text(folder: Path, dialogues: Path, more: bool = False, calm: bool = Fa
     folders = [folder, folder / "more"][: 1 + more]
     kinds = {
         k: [x for f in folders for p in sorted(f.glob(f"{k}*.jsonl*")) for x in read_lines(p)]
-        for k in ("facts", "prose", "answers", "passages")
+        for k in ("facts", "prose", "answers", "passages", "phrases")
     }
     for line in kinds["facts"]:
         line["facts"] = [f for f in line["facts"] if not ngrams(f) & taboo]
@@ -445,7 +486,8 @@ def load_text(folder: Path, dialogues: Path, more: bool = False, calm: bool = Fa
             if line["topic"] not in IN_CRISIS:
                 calmer = [f for f in line["facts"] if not HELPLINE.search(f)]
                 line["facts"] = calmer or line["facts"]
-    return Text(facts, prose, answers, [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo])
+    passages = [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo]
+    return Text(facts, prose, answers, passages, {x["topic"]: x for x in kinds["phrases"]}, taboo)
 
 
 def plainest(passages: list[dict], n: int) -> list[dict]:
@@ -612,15 +654,34 @@ def evaluate(model, windows: torch.Tensor, batch: int = 64) -> float:
     return sum(losses) / len(losses)
 
 
+def optimizers_of(model, args) -> list[torch.optim.Optimizer]:
+    """AdamW; with `--muon` the layers' matrices have Muon, at rates that need no other scale.
+
+    Muon (Jordan et al., 2024) makes each matrix's step orthogonal, so that no direction of a few
+    frequent words outgrows the rest; Liu et al. (2025), section 2.2, match its size to AdamW's.
+    """
+    cuda = next(model.parameters()).is_cuda
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
+    layers = [p for name, p in named if args.muon and "embeddings" not in name]
+    decay = [p for name, p in named if not (args.muon and "embeddings" not in name)]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": args.decay}, {"params": other, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)]
+    if layers:
+        optimizers.append(
+            torch.optim.Muon(
+                layers, lr=args.rate, weight_decay=args.decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
 def train(model, windows, args) -> dict:
     """Pre-train for `--steps` or `--minutes`, whichever ends first; returns what happened."""
     cuda = torch.cuda.is_available()
     model = model.to("cuda" if cuda else "cpu").train()
     fast = torch.compile(model) if cuda else model
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": args.decay}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)
+    optimizers = optimizers_of(model, args)
     steps = args.steps or len(windows) * args.passes // args.batch
     generator, start, done = torch.Generator().manual_seed(args.seed), 0, 0.0
     order = torch.cat(
@@ -629,7 +690,9 @@ def train(model, windows, args) -> dict:
     state = Path(args.state) if args.state else None
     if state and state.exists():
         kept = torch.load(state, weights_only=True)
-        model.load_state_dict(kept["model"]), optimizer.load_state_dict(kept["optimizer"])
+        model.load_state_dict(kept["model"])
+        for optimizer, was in zip(optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(was)
         start, done = kept["step"], kept["seconds"]
     began = time.time()
     first = start + 60
@@ -644,13 +707,14 @@ def train(model, windows, args) -> dict:
             break
         warm = min(1.0, (step + 1) / 200)
         rate = args.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         rows = order[step * args.batch : (step + 1) * args.batch]
         loss = loss_of(fast, windows[rows], (args.z_loss, args.height))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step(), optimizer.zero_grad()
         if args.anchor:
             anchor(model, args.anchor)
         start = step + 1
@@ -664,7 +728,7 @@ def train(model, windows, args) -> dict:
         torch.save(
             {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": start,
                 "seconds": seconds,
             },
@@ -771,7 +835,7 @@ def parse() -> argparse.Namespace:
     add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
     add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
     add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
-    add("--decay", type=float, default=0.1)
+    add("--decay", type=float, default=0.1), add("--muon", action="store_true")
     add("--more", action="store_true"), add("--single", action="store_true")
     add("--calm", action="store_true"), add("--plain", type=float, default=1.0)
     return parser.parse_args()

@@ -1,0 +1,139 @@
+"""Answers in controlled English: sentences from fixed frames and short phrases on a topic.
+
+A model of nine million parameters cannot learn free English from a few megabytes: what it has read
+it knows by heart, and fine-tuning on other sentences breaks it. Frames and phrases make millions of
+sentences that follow few rules, so that it learns the rules. `tools/make_tiny_falcon.py` composes
+its untagged pages so (`--share-framed`).
+"""
+
+import random
+import re
+from collections.abc import Callable
+
+FRAMES = {  # a word in braces is a phrase of that kind; modal verbs, since phrases may be plural
+    "is": ("By {of} people mean {is}.", "People who speak of {of} mean {is}."),
+    "signs": (
+        "{signs} and {signs} can be signs of {of}.",
+        "Signs of {of} can be {signs}, {signs} and {signs}.",
+        "Many people notice {signs} or {signs}.",
+        "{signs} may point to {of}.",
+        "Some people first notice {signs}.",
+    ),
+    "causes": (
+        "{causes} can lead to {of}.",
+        "{causes} and {causes} can lead to {of}.",
+        "{causes} or {causes} may play a part in {of}.",
+        "Behind {of} there may be {causes} or {causes}.",
+    ),
+    "helps": (
+        "{things} and {things} can help you to {to}.",
+        "{things} can help you to {to}.",
+        "{things} can help many people to {to}.",
+        "If you want to {to}, {do}.",
+        "To {to}, {do} and {do}.",
+        "{do}, and {do}.",
+        "It helps to {do}.",
+        "It can help to {do} and to {do}.",
+        "You can {do} and {do}.",
+        "A good first step is to {do}.",
+    ),
+    "others": (
+        "{others}, and {others}.",
+        "You can {others} and {others}.",
+        "It helps to {others}.",
+        "A good way to help is to {others}.",
+        "It can help to {others} and to {others}.",
+    ),
+    "true": (
+        "{true}.",
+        "It is good to know that {true}.",
+        "Remember that {true}.",
+        "Many people do not know that {true}.",
+    ),
+    "worse": (
+        "Talk to {helpers} if {worse}.",
+        "If {worse}, please talk to {helpers}.",
+        "If {worse}, {helpers} can help you.",
+        "{helpers} can help you to {to}.",
+    ),
+    "company": ("{helpers} can help both of you.", "Ask {helpers} for advice when you need it."),
+    "kind": ("{kind}",),
+}
+KNOWLEDGE = re.compile(r"(What|Which|Who|Why|Is|Are|Does|Do|Can|Could|Will) (?!.*\bI\b)")
+ASKED = (  # what a question asks for, and the kinds of sentences that answer it
+    (re.compile(r"what (is|are|does)|explain|mean|what exactly", re.I), ("is", "signs", "true")),
+    (re.compile(r"sign|symptom|notice|know (if|whether|that)|tell (if|whether)", re.I),
+     ("signs", "signs", "true")),
+    (re.compile(r"cause|why|come from|reason", re.I), ("causes", "causes", "true")),
+    (re.compile(""), ("true", "true", "helps")),
+)  # fmt: skip
+
+
+def words_of(text: str) -> set[str]:
+    """Words of four letters and more, so that phrases can be chosen by what was asked."""
+    return set(re.findall(r"[a-z]{4,}", text.lower()))
+
+
+def sentence(kind: str, phrases: dict, said: set[str], asked: set[str], rng: random.Random) -> str:
+    """One sentence of this kind; no phrase twice in an answer, likelier what the question names.
+
+    Returns:
+        The sentence, or "" if the topic has no more phrases of this kind.
+
+    Example:
+        >>> topic = {"of": "stress", "do": ["rest"], "to": ["calm down"]}
+        >>> said = set()
+        >>> sentence("helps", topic, said, set(), random.Random(1)), said
+        ('If you want to calm down, rest.', {'rest'})
+    """
+    frames = [f for f in FRAMES[kind] if fill(f, phrases, set(said), asked, rng)]
+    return fill(rng.choice(frames), phrases, said, asked, rng) if frames else ""
+
+
+def fill(frame: str, phrases: dict, said: set[str], asked: set[str], rng: random.Random) -> str:
+    """The frame with phrases for its braces, put into `said`; "" if they do not suffice."""
+    out = frame
+    for name in re.findall(r"{(\w+)}", frame):
+        if name == "of":
+            phrase = phrases["of"]
+        else:
+            left = [p for p in phrases.get(name, ()) if p not in said]
+            if not left:
+                return ""
+            some = rng.sample(left, min(3, len(left)))
+            phrase = max(some, key=lambda p: len(words_of(p) & asked))
+            if name != "to":
+                said.add(phrase)
+        out = out.replace("{" + name + "}", phrase, 1)
+    return out[0].upper() + out[1:]
+
+
+def answer(
+    question: str,
+    phrases: dict,
+    of_others: bool,
+    rng: random.Random,
+    taboo: Callable[[str], bool] = lambda text: False,
+) -> str:
+    """Three to five sentences that answer the question on this topic.
+
+    Args:
+        question: as it is asked.
+        phrases: of its topic, by kind.
+        of_others: whether it is about somebody else.
+        rng: chooses frames and phrases.
+        taboo: whether a sentence may not be used.
+    """
+    if of_others:
+        kinds = ["others"] * rng.randint(2, 3) + ["company"] * (rng.random() < 0.7)
+        kinds = ["true"] * (rng.random() < 0.4) + kinds
+    elif KNOWLEDGE.match(question):
+        kinds = list(next(kinds for asked, kinds in ASKED if asked.search(question)))
+        kinds += ["helps"] * (rng.random() < 0.5) + ["worse"] * (rng.random() < 0.5)
+    else:
+        first = rng.choices((["kind"], ["true"], []), (0.5, 0.2, 0.3))[0]
+        kinds = first + ["helps"] * rng.randint(2, 3) + ["worse"] * (rng.random() < 0.8)
+    said: set[str] = set()
+    asked = words_of(question)
+    found = [sentence(kind, phrases, said, asked, rng) for kind in kinds]
+    return " ".join(x for x in found if x and not taboo(x))
