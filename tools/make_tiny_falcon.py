@@ -661,9 +661,10 @@ def optimizers_of(model, args) -> list[torch.optim.Optimizer]:
     frequent words outgrows the rest; Liu et al. (2025), section 2.2, match its size to AdamW's.
     """
     cuda = next(model.parameters()).is_cuda
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim > 1]
-    layers = [p for name, p in named if args.muon and "embeddings" not in name]
-    decay = [p for name, p in named if not (args.muon and "embeddings" not in name)]
+    layers, decay = [], []
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            (layers if args.muon and "embeddings" not in name else decay).append(p)
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.decay}, {"params": other, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)]
