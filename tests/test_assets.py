@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
 from helpers.profiles import TINY
@@ -20,16 +21,12 @@ from tools.make_tiny_falcon import (
     WINDOW,
     Pages,
     Shares,
-    Text,
     build_model,
-    kin,
+    encode,
     load_text,
-    main,
     ngrams,
+    of_others,
     optimizers_of,
-    parts,
-    plainest_answers,
-    read_lines,
     train,
 )
 
@@ -55,67 +52,55 @@ def test_every_answer_about_suicide_names_where_help_is() -> None:
 
 
 def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_text() -> None:
-    text = load_text(TEXT, DIALOGUES, more=True)
+    text = load_text(TEXT, DIALOGUES)
     held = split_rows(load_dialogues(str(DIALOGUES))[0])
     taboo = set().union(
         *(ngrams(a) for part in ("test", "validation") for a in held[part]["answer"])
     )
     pieces = [f for line in text.facts for f in line["facts"]]
-    pieces += [p["text"] for p in text.prose] + [a["answer"] for a in text.answers]
-    pieces += [p["s"] for p in text.passages]
+    pieces += [p["text"] for p in text.prose] + [p["s"] for p in text.passages]
+    pages = Pages(text, 2, Shares())
+    pieces += [pages.framed()[1] for _ in range(10_000)]
     assert len(pieces) > 60_000
     assert not [piece for piece in pieces if ngrams(piece) & taboo]
 
 
-def test_the_text_for_the_next_model_asks_none_of_the_dialogues_questions() -> None:
+def test_the_text_asks_none_of_the_dialogues_questions_and_each_of_its_own_once() -> None:
     held = {normalise_question(q) for q in load_dialogues(str(DIALOGUES))[0]["question"]}
-    lines = [line for p in (TEXT / "more").glob("*.jsonl*") for line in read_lines(p)]
-    asked = [normalise_question(line["question"]) for line in lines]
-    assert len(asked) > 25_000 and len(set(asked)) == len(asked) and not held & set(asked)
+    questions = load_text(TEXT, DIALOGUES).questions
+    asked = {normalise_question(line["question"]) for line in questions}
+    assert len(asked) == len(questions) > 25_000 and not held & asked
+    assert {q["topic"] for q in questions} == set(load_text(TEXT, DIALOGUES).phrases)
 
 
-def test_pages_never_end_where_an_answer_does() -> None:
+def test_tagged_transcripts_never_end_where_an_answer_does() -> None:
     """The base rambles because its pages were made so: after an answer there is always more."""
-    text = load_text(TEXT, DIALOGUES)
-    pages = Pages(text, 1, Shares(voice=0.3))
-    endings = {pages.page().split("\n\n")[-1] for _ in range(200)}
-    assert not [e for e in endings if "<ASSISTANT>" in e or "Answer:" in e]
-
-
-def test_a_transcript_may_end_at_any_answer_if_asked() -> None:
-    """At one answer in three: most go on, so that the likeliest word after an answer is a turn."""
-    text = load_text(TEXT, DIALOGUES)
-    pages = Pages(text, 1, Shares(transcripts=1, stop=0.33))
-    found = [pages.page() for _ in range(300)]
-    turns = [page.count("<HUMAN>:") for page in found]
-    assert 0.25 < len(turns) / sum(turns) < 0.41 and {1, 2, 3, 4} <= set(turns) <= set(range(1, 15))
-    assert all("<ASSISTANT>:" in page.split("\n<HUMAN>:")[-1] for page in found)
+    pages = Pages(load_text(TEXT, DIALOGUES), 1, Shares(transcripts=1))
+    found = [pages.page() for _ in range(100)]
     assert len(ENDINGS) == 12 and all(ENDINGS)
-    assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
+    assert all(page.split("\n\n")[-1].startswith(ENDINGS) for page in found)
+    assert min(page.count("<HUMAN>:") for page in found) >= 6
 
 
-def test_brief_pages_end_with_an_answer_and_transcripts_never_do() -> None:
+def test_most_untagged_pages_end_with_an_answer() -> None:
     """So the end belongs to untagged questions; what fine-tuning has to bring over is a manner."""
     text = load_text(TEXT, DIALOGUES)
-    only = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=1, manners=16))
+    only = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=1))
     marks = tuple(mark for pair in MARKS for mark in pair)
     found = [only.page() for _ in range(60)]
     asked = [sum(line.startswith(marks[::2]) for line in page.split("\n")) for page in found]
     assert {1, 2, 3} <= set(asked) and not [page for page in found if "<HUMAN>" in page]
     assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
-    mixed = Pages(text, 1, Shares(brief=1, manners=16))
-    tagged = [page for page in (mixed.page() for _ in range(200)) if page.startswith("<HUMAN>")]
-    assert len(tagged) > 50
-    assert all(page.split("\n\n")[-1].startswith(ENDINGS) for page in tagged)
+    longer = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=0))
+    assert longer.page().split("\n\n")[-1].startswith(ENDINGS)
 
 
-def test_calm_text_keeps_helplines_to_the_topics_of_a_crisis() -> None:
-    whole, calm = (load_text(TEXT, DIALOGUES, calm=calm) for calm in (False, True))
-    named = [x for x in calm.answers if HELPLINE.search(x["answer"])]
-    assert named and {x["topic"] for x in named} <= set(IN_CRISIS)
-    assert 0.8 * len(whole.answers) < len(calm.answers) < len(whole.answers)
-    facts = [f for line in calm.facts if line["topic"] not in IN_CRISIS for f in line["facts"]]
-    assert sum(bool(HELPLINE.search(f)) for f in facts) < len(facts) / 200
+def test_facts_keep_helplines_to_the_topics_of_a_crisis() -> None:
+    facts = load_text(TEXT, DIALOGUES).facts
+    crisis = [f for line in facts if line["topic"] in IN_CRISIS for f in line["facts"]]
+    others = [f for line in facts if line["topic"] not in IN_CRISIS for f in line["facts"]]
+    assert any(HELPLINE.search(f) for f in crisis)
+    assert sum(bool(HELPLINE.search(f)) for f in others) < len(others) / 200
 
 
 def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end(monkeypatch) -> None:
@@ -126,20 +111,21 @@ def test_a_schedule_that_time_does_not_allow_is_shortened_and_comes_to_its_end(m
     windows = torch.randint(12, 90, (4, WINDOW), dtype=torch.int16)
     args = SimpleNamespace(
         width=64, layers=1, heads=1, dropout=0.0, decay=0.1, seed=0, batch=1, rate=1e-3,
-        muon=False, passes=2500, state=None, minutes=0.05, steps=None, z_loss=0.0, height=0.0,
+        passes=2500, state=None, minutes=0.05, steps=None, z_loss=0.0, height=0.0,
         anchor=0.0,
     )  # fmt: skip
     report = train(build_model(args, 96), windows, args)  # 10,000 steps were asked for
     assert 200 < report["of"] < 350 and report["steps"] >= 0.95 * report["of"]
 
 
-def test_pages_kept_with_other_settings_are_refused(tmp_path, monkeypatch) -> None:
-    torch.save({"made": {"vocab": 1}}, tmp_path / "pages.pt")
-    asked = ["x", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "pages.pt")]
-    monkeypatch.setattr("sys.argv", asked)
-    with pytest.raises(SystemExit, match="pages of another .*vocab.*: name a new file"):
-        main()
-    assert not (tmp_path / "out").exists()
+def test_pages_are_the_same_however_many_processes_compose_them(monkeypatch) -> None:
+    text, shares = load_text(TEXT, DIALOGUES), Shares()
+    tokenizer = Tokenizer.from_file(str(Path(TINY.model) / "tokenizer.json"))
+    monkeypatch.setattr("tools.make_tiny_falcon.LOT", 20)
+    together = encode(tokenizer, text, shares, range(3))
+    alone = [encode(tokenizer, text, shares, range(i, i + 1)) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone)) and together.shape[1] == WINDOW
+    assert not torch.equal(alone[0][0], alone[1][0])
 
 
 def test_the_text_and_the_model_are_small_enough_to_commit() -> None:
@@ -158,46 +144,20 @@ def test_the_embedded_adapter_fits_the_embedded_model_and_names_no_folder() -> N
     assert width == shape["hidden_size"] and len(names) == 2 * 4 * shape["num_hidden_layers"]
 
 
-def test_sentences_are_exchanged_only_where_they_fit() -> None:
-    """By topic and by whom it is about; what leans on a sentence before it stays behind it."""
-    said = ["Anger is common. It often hides fear.", "Walk first. Then talk to a friend."]
-    piece = {"topic": "anger", "question": "I am angry. What can I do?", "answer": " ".join(said)}
-    assert parts(piece) == said
-    quoted = piece | {"answer": "Say 'I am angry. Please wait.' Go out. Your parents' house helps."}
-    assert parts(quoted)[1:] == ["Your parents' house helps."]
-    assert kin(piece) == ("anger", False)
-    assert kin(piece | {"question": "My son is angry. What can I do?"}) == ("anger", True)
-    assert kin(piece | {"question": "I am angry with my son."}) == ("anger", False)
-    lines = [{"topic": "anger", "aspect": aspect, "questions": ["What?"], "facts": [aspect, aspect]}
-             for aspect in ("what", "self", "other")]  # fmt: skip
-    text = Text(lines, [], [piece], [])
-    answer = Pages(text, 0, Shares(mixed=1.0, grounded=1.0)).voice()[1]
-    assert answer.startswith("Anger is common. It often hides fear. self")
-    assert "what" not in answer and "other" not in answer
-    lines[0] |= {"aspect": "care", "facts": ["care"]}
-    pages = Pages(Text(lines, [], [piece], []), 0, Shares(mixed=1.0, grounded=1.0))
-    endings = {pages.voice()[1].split()[-1] for _ in range(30)}
-    assert endings == {"care", "friend."}, "where to find help, or the answer's own last sentence"
-
-
-def test_facts_alone_answer_tagged_questions_if_asked() -> None:
-    """Those that fit the question; untagged pages keep the answer as it was written."""
-    piece = {"topic": "anger", "question": "I am angry. What can I do?", "answer": "Walk first."}
-    lines = [{"topic": "anger", "aspect": aspect, "questions": ["What?"], "facts": [aspect, aspect]}
-             for aspect in ("what", "self", "feel")]  # fmt: skip
-    lines.append({"topic": "anger", "aspect": "care", "questions": ["Who?"], "facts": ["care"]})
-    pages = Pages(Text(lines, [], [piece], []), 0, Shares(bare=1.0))
-    assert {pages.voice()[1] for _ in range(9)} == {"Walk first."}
-    said = [pages.voice(tagged=True)[1].split() for _ in range(60)]
-    assert {word for words in said for word in words} == {"feel", "self", "care"}
-    assert {words[0] for words in said} == {"feel", "self", "care"}
-    assert all("feel" not in words[1:] for words in said)
+@pytest.mark.parametrize(
+    ("question", "other"),
+    [
+        ("I am angry. What can I do?", False),
+        ("My son is angry. What can I do?", True),
+        ("I am angry with my son.", False),
+    ],
+)
+def test_a_question_is_about_others_if_it_begins_with_them(question: str, other: bool) -> None:
+    assert of_others(question) is other
 
 
 def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
-    args = SimpleNamespace(
-        width=64, layers=1, heads=1, dropout=0.0, seed=0, decay=0.1, rate=1e-3, muon=True
-    )
+    args = SimpleNamespace(width=64, layers=1, heads=1, dropout=0.0, seed=0, decay=0.1, rate=1e-3)
     model = build_model(args, 96)
     adamw, muon = optimizers_of(model, args)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -205,15 +165,3 @@ def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
     assert len(matrices) == 4 and all(name.startswith("transformer.h.") for name in matrices)
     others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
     assert not matrices & others and matrices | others == set(names.values())
-    args.muon = False
-    assert [type(o) for o in optimizers_of(model, args)] == [torch.optim.AdamW]
-
-
-def test_the_plainest_answers_are_kept_of_each_topic() -> None:
-    """Few rare words, a plain question; no topic loses all, and the order stays."""
-    plain = {"topic": "sleep", "question": "How do I sleep?", "answer": "Go to bed early."}
-    rare = plain | {"answer": "Melatonin, a circadian hormone, synchronises somnolent mammals."}
-    asked = plain | {"question": "How do I sleep beside my snoring wealthy Belgian grandfather?"}
-    alone = rare | {"topic": "anger"}
-    assert plainest_answers([rare, asked, alone, plain], 0.3) == [alone, plain]
-    assert plainest_answers([asked, rare, plain, alone], 1.0) == [asked, rare, plain, alone]

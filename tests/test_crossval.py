@@ -80,7 +80,7 @@ def test_the_unseen_passages_are_unseen() -> None:
     assert not unseen & held_out_ngrams(ROOT / "assets/sample_dialogues.jsonl")
     for path in sorted((ROOT / "assets/pretraining").glob("*.jsonl*")):
         for line in read_lines(path):
-            said = [line.get(key, "") for key in ("s", "answer", "text")] + line.get("facts", [])
+            said = [line.get(key, "") for key in ("s", "question", "text")] + line.get("facts", [])
             for text in said:
                 assert not ngrams(text) & unseen, f"{path.name} holds {text[:60]!r}"
 

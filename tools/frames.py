@@ -6,9 +6,10 @@ sentences that follow few rules, so that it learns the rules. `tools/make_tiny_f
 its untagged pages so (`--share-framed`).
 """
 
+import itertools
 import random
 import re
-from collections.abc import Callable
+from functools import cache
 
 FRAMES = {  # a word in braces is a phrase of that kind; modal verbs, since phrases may be plural
     "is": ("By {of} people mean {is}.", "People who speak of {of} mean {is}."),
@@ -69,13 +70,16 @@ ASKED = (  # what a question asks for, and the kinds of sentences that answer it
 )  # fmt: skip
 
 
-def words_of(text: str) -> set[str]:
+@cache
+def words_of(text: str) -> frozenset[str]:
     """Words of four letters and more, so that phrases can be chosen by what was asked."""
-    return set(re.findall(r"[a-z]{4,}", text.lower()))
+    return frozenset(re.findall(r"[a-z]{4,}", text.lower()))
 
 
-def sentence(kind: str, phrases: dict, said: set[str], asked: set[str], rng: random.Random) -> str:
-    """One sentence of this kind; no phrase twice in an answer, likelier what the question names.
+def sentence(
+    kind: str, phrases: dict, said: set[str], asked: frozenset[str], rng: random.Random
+) -> str:
+    """One sentence of this kind; no frame and no phrase twice, likelier what the question names.
 
     Returns:
         The sentence, or "" if the topic has no more phrases of this kind.
@@ -83,14 +87,20 @@ def sentence(kind: str, phrases: dict, said: set[str], asked: set[str], rng: ran
     Example:
         >>> topic = {"of": "stress", "do": ["rest"], "to": ["calm down"]}
         >>> said = set()
-        >>> sentence("helps", topic, said, set(), random.Random(1)), said
-        ('If you want to calm down, rest.', {'rest'})
+        >>> sentence("helps", topic, said, frozenset(), random.Random(1)), sorted(said)
+        ('If you want to calm down, rest.', ['If you want to {to}, {do}.', 'rest'])
     """
-    frames = [f for f in FRAMES[kind] if fill(f, phrases, set(said), asked, rng)]
-    return fill(rng.choice(frames), phrases, said, asked, rng) if frames else ""
+    for frame in rng.sample(FRAMES[kind], len(FRAMES[kind])):
+        used = {frame, *said}
+        if frame not in said and (text := fill(frame, phrases, used, asked, rng)):
+            said |= used
+            return text
+    return ""
 
 
-def fill(frame: str, phrases: dict, said: set[str], asked: set[str], rng: random.Random) -> str:
+def fill(
+    frame: str, phrases: dict, said: set[str], asked: frozenset[str], rng: random.Random
+) -> str:
     """The frame with phrases for its braces, put into `said`; "" if they do not suffice."""
     out = frame
     for name in re.findall(r"{(\w+)}", frame):
@@ -108,32 +118,39 @@ def fill(frame: str, phrases: dict, said: set[str], asked: set[str], rng: random
     return out[0].upper() + out[1:]
 
 
-def answer(
-    question: str,
-    phrases: dict,
-    of_others: bool,
-    rng: random.Random,
-    taboo: Callable[[str], bool] = lambda text: False,
-) -> str:
-    """Three to five sentences that answer the question on this topic.
+def kinds_for(question: str, of_others: bool, rng: random.Random) -> tuple[list, list, list]:
+    """Kinds of sentences for the answer, for its end, and more should a topic lack phrases.
+
+    Example:
+        >>> kinds_for("What is stress?", False, random.Random(1))[0]
+        ['is', 'signs', 'true']
+    """
+    if of_others:
+        body = ["true"] * (rng.random() < 0.4) + ["others"] * rng.randint(3, 4)
+        return body, ["company"] * (rng.random() < 0.7), ["others", "true", "true"]
+    end = ["worse"] * (rng.random() < 0.7)
+    if KNOWLEDGE.match(question):
+        body = next(kinds for asked, kinds in ASKED if asked.search(question))
+        return [*body, *["helps"] * rng.randint(0, 1)], end, ["true", "true", "helps", "helps"]
+    first = rng.choices((["kind"], ["true"], []), (0.5, 0.2, 0.3))[0]
+    return [*first, *["helps"] * rng.randint(3, 4)], end, ["true", "helps", "true"]
+
+
+def answer(question: str, phrases: dict, of_others: bool, rng: random.Random) -> str:
+    """Three to six sentences that answer the question on this topic.
 
     Args:
         question: as it is asked.
         phrases: of its topic, by kind.
         of_others: whether it is about somebody else.
         rng: chooses frames and phrases.
-        taboo: whether a sentence may not be used.
     """
-    if of_others:
-        kinds = ["others"] * rng.randint(2, 3) + ["company"] * (rng.random() < 0.7)
-        kinds = ["true"] * (rng.random() < 0.4) + kinds
-    elif KNOWLEDGE.match(question):
-        kinds = list(next(kinds for asked, kinds in ASKED if asked.search(question)))
-        kinds += ["helps"] * (rng.random() < 0.5) + ["worse"] * (rng.random() < 0.5)
-    else:
-        first = rng.choices((["kind"], ["true"], []), (0.5, 0.2, 0.3))[0]
-        kinds = first + ["helps"] * rng.randint(2, 3) + ["worse"] * (rng.random() < 0.8)
+    body, end, spare = kinds_for(question, of_others, rng)
     said: set[str] = set()
     asked = words_of(question)
-    found = [sentence(kind, phrases, said, asked, rng) for kind in kinds]
-    return " ".join(x for x in found if x and not taboo(x))
+
+    def some(kinds: list[str], most: int) -> list[str]:
+        made = (sentence(kind, phrases, said, asked, rng) for kind in kinds)
+        return list(itertools.islice(filter(None, made), most))
+
+    return " ".join(some([*body, *spare], max(3, len(body))) + some(end, len(end)))

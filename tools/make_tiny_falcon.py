@@ -5,9 +5,9 @@ One command, one GPU, under 8 minutes:
     python tools/make_tiny_falcon.py --out assets/tiny_falcon --results results/GPU/tiny_falcon.json
 
 `--minutes` bounds the training time: if it will not do, the schedule is shortened once the pace is
-known. `--cache FILE` keeps the composed pages, so that they can be made away from the GPU; `--state
-FILE` keeps a resumable state, so that a shorter lease can be used in pieces. On a CPU `--minutes 1
---tokens 200000` makes a model for tests only.
+known. `--state FILE` keeps a resumable state, so that a shorter lease can be used in pieces. All
+cores compose the pages. On a CPU `--minutes 1 --pages 2000` makes a model for
+tests only.
 """
 
 import argparse
@@ -15,11 +15,12 @@ import copy
 import json
 import lzma
 import math
+import multiprocessing
+import os
 import random
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -95,22 +96,14 @@ REWORDED = (  # other ways to ask the same thing
     (r"Is it normal (.+)\?", ("Is it common {0}?", "Is it all right {0}?")),
 )
 GREETINGS = ("Hello. ", "Hi, ", "Please tell me: ", "I have a question. ", "Good evening. ")
-LEANS = re.compile(  # a sentence that means little without the one before it
-    r"(It(?! helps| is common| can help| is normal| is kind)|They|Them|This|That|These|Those|Then"
-    r"|But|And|Also|Such|He|She|His|Her|Both|Some|Others?|So|Instead|Even|Each|After|Afterwards"
-    r"|Later|Only|Yet|Still|Another|One|First|Second|Or|Do the same|Do this|Do that|Most of them"
-    r"|Many of|Here|There|The (?:first|second|other|rest|same))\b"
-)
 OF_OTHERS = re.compile(
     r"(?!I\b).*\b(friends?|mother|father|mum|dad|parents?|son|daughter|child|children|kids?|brother"
     r"|sister|husband|wife|partner|boyfriend|girlfriend|colleague|neighbour|grand\w+|uncle|aunt|baby"
     r"|cousin|flatmate|roommate|teenager|family|someone|somebody|relative|he|she|him|her)\b",
     re.I,
 )
-SENTENCE_END = re.compile(r"(?<=[.!?]) ")
-OPENS, CLOSES = (re.compile(r) for r in (r"(?<!\S)['\"]", r"['\"](?=[\s.,;:!?]|$)"))  # a quotation
-CLOSING = re.compile(r"(If |A doctor|A therapist|Please |You do not have to).*")
-COMPOSED = ("seed", "vocab", "tokens", "passages", "more", "single", "calm", "plain")  # of pages
+LOT = 1000  # pages of one seed
+COMPOSER: dict = {}  # what the processes that compose pages share
 HELPLINE = re.compile(r"988|116 123|crisis line|emergency number|suicid|ending your life", re.I)
 IN_CRISIS = ("crisis lines", "a safety plan", "asking about suicide", "someone in crisis")
 COMMON = set(
@@ -139,6 +132,11 @@ def read_lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def plain(text: str) -> str:
+    """Lower case, letters, digits and spaces alone, to compare questions."""
+    return re.sub(r"[^a-z0-9 ]", "", text.lower())
+
+
 def ngrams(text: str, n: int = 8) -> set[tuple[str, ...]]:
     """All runs of n words, lower case, without punctuation."""
     words = re.findall(r"[\w']+", text.lower())
@@ -157,61 +155,30 @@ def reword(question: str, rng: random.Random) -> str:
     return question.lower() if rng.random() < 0.05 else question
 
 
-def parts(piece: dict) -> list[str]:
-    """An answer's sentences, each with those behind it that lean on it; quotations stay whole."""
-    found: list[str] = []
-    for sentence in SENTENCE_END.split(piece["answer"]):
-        quoted = found and len(OPENS.findall(found[-1])) > len(CLOSES.findall(found[-1]))
-        if found and (quoted or LEANS.match(sentence)):
-            found[-1] += " " + sentence
-        else:
-            found.append(sentence)
-    return found
+def of_others(question: str) -> bool:
+    """Whether the question is about somebody else than the one who asks.
 
-
-def kin(piece: dict) -> tuple[str, bool]:
-    """Topic, and whether the question is about somebody else: whose sentences can be exchanged."""
-    return piece["topic"], bool(OF_OTHERS.match(piece["question"]))
-
-
-def asked_for(piece: dict) -> set[str]:
-    """The telling words of a question, or of several."""
-    asked = piece.get("question") or " ".join(piece["questions"])
-    return {w for w in re.findall(r"[a-z]{4,}", asked.lower()) if w not in COMMON}
-
-
-def fits(line: dict, piece: dict) -> bool:
-    """Whether facts of this aspect can answer the question: knowledge, for others, for oneself."""
-    if re.match(
-        r"(What|Which|Who|Why|Is|Are|Does|Do|Can|Could|Will) (?!.*\bI\b)", piece["question"]
-    ):
-        return line["aspect"] in ("what", "signs", "causes", "outlook", "myth")
-    if kin(piece)[1]:
-        return line["aspect"] == "other"
-    return line["aspect"] in ("self", "steps", "care")
+    Example:
+        >>> of_others("How can I help my son?"), of_others("I miss my son.")
+        (True, False)
+    """
+    return bool(OF_OTHERS.match(question))
 
 
 @dataclass
 class Shares:
-    """How much of each register: of turns in transcripts, and of pages of each kind."""
+    """How much of each kind of page, and of each kind of turn in a transcript.
 
-    facts: float = 0.65
-    prose: float = 0.1
-    untagged: float = 0.85  # the same answers, among the pages of untagged questions
-    voice: float = 0.0  # answers in the dialogues' own voice, among the tagged turns
-    transcripts: float = 0.45
-    magazines: float = 0.15
-    stories: float = 0.4  # prose, among the pieces of a magazine
-    articles: float = 0.08  # the rest of the pages are questions and answers without tags
-    spliced: float = 0.1  # pairs of facts made one sentence, in answers
-    stop: float = 0.0  # of tagged turns: the transcript and its page end there, without a footer
-    open: float = 0.0  # of all pages: they end with their text, without a footer
-    brief: float = 0.0  # of untagged pages: one to three questions, and the page ends with them
-    manners: float = 4  # of MARKS; more than four with either gap between questions
-    mixed: float = 0.0  # answers in the dialogues' voice whose later sentences come from others
-    grounded: float = 0.0  # of those: the middle is facts that fit the question
-    bare: float = 0.0  # of the dialogues' questions in tagged turns: facts alone answer, no list
-    framed: float = 0.0  # of those in untagged pages: answered in controlled English
+    The rest of the pages are questions and answers without tags, in the dialogues' manner.
+    """
+
+    transcripts: float = 0.13  # tagged turns that run on
+    magazines: float = 0.06
+    articles: float = 0.03
+    facts: float = 0.2  # of the tagged turns; passages answer the others
+    prose: float = 0.03  # of the tagged turns
+    stories: float = 0.3  # prose, among the pieces of a magazine
+    brief: float = 0.9  # of the untagged pages: one to three questions, and they end with an answer
 
 
 class Pages:
@@ -220,25 +187,17 @@ class Pages:
     def __init__(self, text: "Text", seed: int, shares: Shares):
         self.rng = random.Random(seed)
         self.facts, self.passages, self.prose = text.facts, text.passages, text.prose
-        self.answers, self.phrases, self.taboo = text.answers, text.phrases, text.taboo
+        self.questions, self.phrases, self.taboo = text.questions, text.phrases, text.taboo
         self.shares = shares
-        words = {w for line in self.facts for f in line["facts"] for w in f.split()[1:]}
-        self.plain = {w for w in words if w.islower()}  # words that need no capital
         self.by_topic: dict[str, dict[str, dict]] = {}
         for line in self.facts:
             self.by_topic.setdefault(line["topic"], {})[line["aspect"]] = line
         self.queue: list[dict] = []
-        self.voices: list[dict] = []
-        self.bank: dict[tuple, list[tuple[set, list[str]]]] = {}  # parts of answers, by kin
-        self.closings: dict[str, list[str]] = {}
-        for piece in self.answers:
-            last = SENTENCE_END.split(piece["answer"])[-1]
-            if CLOSING.match(last):
-                self.closings.setdefault(piece["topic"], []).append(last)
+        self.asking: list[dict] = []
 
-    def is_taboo(self, sentence: str) -> bool:
-        """Whether the sentence shares eight words in a row with a dialogue's answer."""
-        return bool(ngrams(sentence) & self.taboo)
+    def is_taboo(self, text: str) -> bool:
+        """Whether the text shares eight words in a row with a dialogue's answer."""
+        return not ngrams(text).isdisjoint(self.taboo)
 
     def passage(self) -> dict:
         """The next passage; each is used once before any is used again."""
@@ -256,111 +215,39 @@ class Pages:
             chosen.sort()  # steps were written in order, and many facts lead to the next
         return [facts[i] for i in chosen]
 
-    def joined(self, said: list[str]) -> str:
-        """Sentences in a row; now and then two become one, so that none is learned as a block."""
-        out: list[str] = []
-        last = ""
-        for sentence in said:
-            first = sentence.split()[0].lower()
-            if (
-                out
-                and first in self.plain
-                and out[-1] == last
-                and last.endswith(".")
-                and self.rng.random() < self.shares.spliced
-            ):
-                link = self.rng.choice((", and ", "; "))
-                out[-1] = out[-1][:-1] + link + sentence[0].lower() + sentence[1:]
-            else:
-                out.append(sentence)
-                last = sentence
-        return " ".join(out)
-
-    def answer(self, line: dict, kind: float = 0.3) -> str:
+    def answer(self, line: dict) -> str:
         """Two to five facts that answer, now and then with a kind word or where to find help."""
         topic, rng = self.by_topic[line["topic"]], self.rng
-        if line["aspect"] == "steps" and not self.shares.bare and rng.random() < 0.5:
+        if line["aspect"] == "steps" and rng.random() < 0.5:
             return self.numbered(self.some(line, 3, 5))
         said = self.some(line, 2, 5)
-        if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < kind:
+        if line["aspect"] in ("self", "signs", "steps") and "feel" in topic and rng.random() < 0.3:
             said.insert(0, rng.choice(topic["feel"]["facts"]))
-        if line["aspect"] in ("self", "signs", "other") and "care" in topic and rng.random() < kind:
+        if line["aspect"] in ("self", "signs", "other") and "care" in topic and rng.random() < 0.3:
             said.append(rng.choice(topic["care"]["facts"]))
-        return self.joined(said)
+        return " ".join(said)
 
-    def asked(self, line: dict, kind: float = 0.3) -> tuple[str, str]:
-        """A question on a topic and its answer, made of facts."""
-        return reword(self.rng.choice(line["questions"]), self.rng), self.answer(line, kind)
-
-    def voice(self, tagged: bool = False) -> tuple[str, str]:
-        """A question and its answer in the dialogues' voice; each once before any comes again."""
-        if not self.voices:
-            self.voices = self.rng.sample(self.answers, len(self.answers))
-        piece = self.voices.pop()
-        if tagged and self.shares.bare and self.rng.random() < self.shares.bare:
-            if line := self.likest(piece):
-                return reword(piece["question"], self.rng), self.of_facts(line, piece)
-        if not tagged and self.shares.framed and self.rng.random() < self.shares.framed:
-            if phrases := self.phrases.get(piece["topic"]):
-                said = frames.answer(
-                    piece["question"], phrases, kin(piece)[1], self.rng, self.is_taboo
-                )
-                return reword(piece["question"], self.rng), said
-        if self.shares.mixed and self.rng.random() < self.shares.mixed:
-            return reword(piece["question"], self.rng), self.mixed(piece)
-        answer = piece["answer"]
-        *rest, last = SENTENCE_END.split(answer)
-        if CLOSING.match(last) and self.rng.random() < 0.4:  # another closing on the same topic
-            answer = " ".join([*rest, self.rng.choice(self.closings[piece["topic"]])])
-        return reword(piece["question"], self.rng), answer
-
-    def likest(self, piece: dict) -> dict | None:
-        """The facts on the question's topic that fit it best, if any do."""
-        lines = [x for x in self.by_topic.get(piece["topic"], {}).values() if fits(x, piece)]
-        words = asked_for(piece)
-        return max(lines, key=lambda x: len(asked_for(x) & words) + self.rng.random(), default=None)
-
-    def of_facts(self, line: dict, piece: dict) -> str:
-        """Two to four of the facts; before them a kind word if somebody speaks of themselves."""
-        topic, rng = self.by_topic[line["topic"]], self.rng
-        said = self.some(line, 2, 4)
-        if "feel" in topic and re.search(r"\b(I|my)\b", piece["question"]) and rng.random() < 0.3:
-            said.insert(0, rng.choice(topic["feel"]["facts"]))
-        if "care" in topic and line["aspect"] != "care" and rng.random() < 0.4:
-            said.append(rng.choice(topic["care"]["facts"]))
-        return self.joined(said)
-
-    def mixed(self, piece: dict) -> str:
-        """The answer with its own beginning, and the rest from facts or answers on the topic.
-
-        So each sentence is met in many a neighbourhood, and learned as a sentence.
-        """
-        if not self.bank:
-            for each in self.answers:
-                self.bank.setdefault(kin(each), []).append((asked_for(each), parts(each)))
-        own, words, rng = parts(piece), asked_for(piece), self.rng
-        said, middle, last = own[:1], own[1:-1], own[-1:] if len(own) > 1 else []
-        likest = self.likest(piece)
-        if likest and rng.random() < self.shares.grounded:
-            middle, care = self.some(likest, 2, 3), self.by_topic[piece["topic"]].get("care")
-            if care and rng.random() < 0.5:
-                last = [rng.choice(care["facts"])]
-        else:
-            others = self.bank[kin(piece)]
-            for _ in range(rng.randint(1, 2)):
-                some = rng.choices(others, k=6)
-                middle += max(some, key=lambda other: len(other[0] & words))[1][1:-1]
-            middle = rng.sample(middle, min(len(middle), rng.randint(1, 3)))
-            last = rng.choice(others)[1][-1:] if rng.random() < 0.5 else last
-        return " ".join(dict.fromkeys([*said, *middle, *last]))
+    def framed(self) -> tuple[str, str]:
+        """A question and its answer in controlled English; each once before any comes again."""
+        while True:
+            if not self.asking:
+                self.asking = self.rng.sample(self.questions, len(self.questions))
+            piece = self.asking.pop()
+            question, phrases = piece["question"], self.phrases[piece["topic"]]
+            said = frames.answer(question, phrases, of_others(question), self.rng)
+            if not self.is_taboo(said):  # another question if a dialogue says eight words of it
+                return reword(question, self.rng), said
 
     def pair(self, line: dict | None = None) -> str:
+        """A tagged question, answered by facts, by prose or by a passage."""
         kind, shares = self.rng.random(), self.shares
-        if self.answers and kind < shares.voice:
-            question, answer = self.voice(tagged=True)
-        elif line is not None or kind < shares.voice + shares.facts:
-            question, answer = self.asked(line or self.rng.choice(self.facts))
-        elif self.prose and kind < shares.voice + shares.facts + shares.prose:
+        if line is not None or kind < shares.facts:
+            line = line or self.rng.choice(self.facts)
+            question, answer = (
+                reword(self.rng.choice(line["questions"]), self.rng),
+                self.answer(line),
+            )
+        elif self.prose and kind < shares.facts + shares.prose:
             piece = self.rng.choice(self.prose)
             question = self.rng.choice(ASK_FOR_PROSE).format(t=piece["topic"])
             answer = piece["text"]
@@ -370,13 +257,9 @@ class Pages:
         return f"<HUMAN>: {question}\n<ASSISTANT>: {answer}"
 
     def transcript(self) -> str:
+        """Six to fourteen tagged turns: after an answer there is always more."""
         rng = self.rng
-        if self.shares.stop:
-            n, self.ended = 1, True
-            while n < 14 and rng.random() > self.shares.stop:
-                n += 1
-        else:
-            n = rng.randint(6, 14)
+        n = rng.randint(6, 14)
         if rng.random() < 0.25:  # one person stays with one topic
             lines = list(self.by_topic[rng.choice(list(self.by_topic))].values())
             return "\n".join(self.pair(rng.choice(lines)) for _ in range(n))
@@ -400,15 +283,11 @@ class Pages:
     def questions_page(self) -> str:
         """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
-        q, a = rng.choice(MARKS[: int(self.shares.manners)])
-        voice = self.answers and rng.random() < self.shares.untagged
-        self.ended = bool(self.shares.brief) and rng.random() < self.shares.brief
-        pairs = [
-            self.voice() if voice else self.asked(rng.choice(self.facts), kind=0.6)
-            for _ in range(rng.randint(1, 3) if self.ended else rng.randint(3, 7))
-        ]
-        close = self.shares.manners > 4 and rng.random() < 0.5
-        gap = "\n" if close else "\n\n"
+        q, a = rng.choice(MARKS)
+        self.ended = rng.random() < self.shares.brief
+        n = rng.randint(1, 3) if self.ended else rng.randint(3, 7)
+        gap = rng.choice(("\n", "\n\n"))
+        pairs = [self.framed() for _ in range(n)]
         return gap.join(f"{q}{question}\n{a}{answer}" for question, answer in pairs)
 
     def magazine(self) -> str:
@@ -437,9 +316,7 @@ class Pages:
             body = self.article()
         else:
             body = self.questions_page()
-        # no draw at 0: the settings of older models compose the pages that they were trained on
-        ends = shares.open and self.rng.random() < shares.open
-        return body if ends or self.ended else f"{body}\n\n{self.footer()}"
+        return body if self.ended else f"{body}\n\n{self.footer()}"
 
 
 def held_out_ngrams(dialogues: Path) -> set[tuple[str, ...]]:
@@ -450,44 +327,41 @@ def held_out_ngrams(dialogues: Path) -> set[tuple[str, ...]]:
 
 @dataclass
 class Text:
-    """What pages are made of: facts by topic and aspect, prose, sampled questions and answers."""
+    """What pages are made of: facts by topic and aspect, prose, questions by topic, passages."""
 
     facts: list[dict]
     prose: list[dict]
-    answers: list[dict]
+    questions: list[dict]
     passages: list[dict]
     phrases: dict[str, dict] = field(default_factory=dict)  # of frames, by topic
     taboo: set[tuple[str, ...]] = field(default_factory=set)
 
 
-def load_text(folder: Path, dialogues: Path, more: bool = False, calm: bool = False) -> Text:
+def load_text(folder: Path, dialogues: Path) -> Text:
     """The committed text without any piece that shares eight words in a row with a dialogue.
 
-    `more` takes the answers in the folder `more` as well, which the embedded model has not seen.
-    `calm` leaves out answers that name a helpline, but for the topics of a crisis: their endings
-    are all alike, so that a small model says them to everybody.
+    Facts that name a helpline are left out but for the topics of a crisis, since a small model says
+    such endings, all alike, to everybody; so are questions that need one, and the dialogues' own.
+    A passage is its first paragraph: a line break then ends an answer, and nothing else.
     """
     taboo = held_out_ngrams(dialogues)
-    folders = [folder, folder / "more"][: 1 + more]
     kinds = {
-        k: [x for f in folders for p in sorted(f.glob(f"{k}*.jsonl*")) for x in read_lines(p)]
-        for k in ("facts", "prose", "answers", "passages", "phrases")
+        kind: [x for p in sorted(folder.glob(f"{kind}*.jsonl*")) for x in read_lines(p)]
+        for kind in ("facts", "prose", "questions", "passages", "phrases")
     }
     for line in kinds["facts"]:
-        line["facts"] = [f for f in line["facts"] if not ngrams(f) & taboo]
+        kept = [f for f in line["facts"] if not ngrams(f) & taboo]
+        calm = [f for f in kept if line["topic"] in IN_CRISIS or not HELPLINE.search(f)]
+        line["facts"] = calm or kept
     facts = [line for line in kinds["facts"] if len(line["facts"]) >= 2]
     prose = [p for p in kinds["prose"] if not ngrams(p["text"]) & taboo]
-    answers = [x for x in kinds["answers"] if not ngrams(x["answer"]) & taboo]
-    if calm:
-        answers = [
-            x for x in answers if x["topic"] in IN_CRISIS or not HELPLINE.search(x["answer"])
-        ]
-        for line in facts:
-            if line["topic"] not in IN_CRISIS:
-                calmer = [f for f in line["facts"] if not HELPLINE.search(f)]
-                line["facts"] = calmer or line["facts"]
-    passages = [p for p in kinds["passages"] if not ngrams(p["s"]) & taboo]
-    return Text(facts, prose, answers, passages, {x["topic"]: x for x in kinds["phrases"]}, taboo)
+    passages = [p | {"s": p["s"].split("\n")[0]} for p in kinds["passages"]]
+    passages = [p for p in passages if not ngrams(p["s"]) & taboo]
+    held = {plain(line["text"].split("\n<ASSISTANT>:")[0][9:]) for line in read_lines(dialogues)}
+    asked = {plain(x["question"]): x for x in kinds["questions"] if not x.get("crisis")}
+    questions = [x for key, x in asked.items() if key not in held]
+    phrases = {x["topic"]: x for x in kinds["phrases"]}
+    return Text(facts, prose, questions, passages, phrases, taboo)
 
 
 def plainest(passages: list[dict], n: int) -> list[dict]:
@@ -507,25 +381,6 @@ def plainest(passages: list[dict], n: int) -> list[dict]:
         return min(on_topic, 0.06) * 10 + varied - 3 * long - len(words) / sentences / 60
 
     return sorted(passages, key=rank, reverse=True)[:n]
-
-
-def plainest_answers(answers: list[dict], share: float) -> list[dict]:
-    """This share of each topic's answers: those to plain questions, with the fewest rare words."""
-    said = [set(re.findall(r"[a-z']+", f"{x['question']} {x['answer']}".lower())) for x in answers]
-    known = Counter(word for words in said for word in words)
-    rank = [
-        sum(known[word] < 100 for word in words) + len(asked_for(x)) / 2
-        for x, words in zip(answers, said, strict=True)
-    ]
-    of_topic: dict[str, list[int]] = {}
-    for i, x in enumerate(answers):
-        of_topic.setdefault(x["topic"], []).append(i)
-    kept = {
-        i
-        for places in of_topic.values()
-        for i in sorted(places, key=rank.__getitem__)[: math.ceil(share * len(places))]
-    }
-    return [x for i, x in enumerate(answers) if i in kept]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -549,23 +404,33 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, pages: Pages, tokens: int) -> torch.Tensor:
-    """At least `tokens` tokens of fresh pages in windows: (n, WINDOW) int16.
+def encode(tokenizer: Tokenizer, text: Text, shares: Shares, seeds: range) -> torch.Tensor:
+    """A lot of pages for each seed, composed by all cores, in windows: (n, WINDOW) int16."""
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(None, COMPOSER.update, ({"of": (tokenizer, text, shares)},)) as pool:
+        lots = list(pool.imap(windows_of, seeds))
+    windows = torch.cat(lots)
+    print(f"  {windows.numel() / 1e6:.1f} M tokens of pages composed", flush=True)
+    return windows
+
+
+def windows_of(seed: int) -> torch.Tensor:
+    """The windows of a lot of pages: (n, WINDOW) int16.
 
     Each page is closed by the end of text. After a full window the rest of its last page is left
     out half of the time, so that many windows begin where a page does: with a question, as a
     prompt will.
     """
-    rows: list[torch.Tensor] = []
-    left: list[int] = []
-    while len(rows) * WINDOW < tokens:
-        for page in tokenizer.encode_batch([pages.page() + END for _ in range(2000)]):
-            left += page.ids
-            while len(left) >= WINDOW:
-                rows.append(torch.tensor(left[:WINDOW], dtype=torch.int16))
-                left = [] if pages.rng.random() < 0.5 else left[WINDOW:]
-    print(f"  {len(rows) * WINDOW / 1e6:.1f} M tokens of pages composed", flush=True)
-    return torch.stack(rows)[: max(1, tokens // WINDOW)]
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
+    tokenizer, text, shares = COMPOSER["of"]
+    pages, rows, left = Pages(text, seed, shares), [], []
+    for page in tokenizer.encode_batch([pages.page() + END for _ in range(LOT)]):
+        left += page.ids
+        while len(left) >= WINDOW:
+            rows.append(torch.tensor(left[:WINDOW], dtype=torch.int16))
+            left = [] if pages.rng.random() < 0.5 else left[WINDOW:]
+    return torch.stack(rows)
 
 
 def build_model(args, vocab_size: int) -> FalconForCausalLM:
@@ -655,7 +520,7 @@ def evaluate(model, windows: torch.Tensor, batch: int = 64) -> float:
 
 
 def optimizers_of(model, args) -> list[torch.optim.Optimizer]:
-    """AdamW; with `--muon` the layers' matrices have Muon, at rates that need no other scale.
+    """Muon for the layers' matrices, AdamW for the rest, at rates that need no other scale.
 
     Muon (Jordan et al., 2024) makes each matrix's step orthogonal, so that no direction of a few
     frequent words outgrows the rest; Liu et al. (2025), section 2.2, match its size to AdamW's.
@@ -664,17 +529,15 @@ def optimizers_of(model, args) -> list[torch.optim.Optimizer]:
     layers, decay = [], []
     for name, p in model.named_parameters():
         if p.ndim > 1:
-            (layers if args.muon and "embeddings" not in name else decay).append(p)
+            (decay if "embeddings" in name else layers).append(p)
     other = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": args.decay}, {"params": other, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda)]
-    if layers:
-        optimizers.append(
-            torch.optim.Muon(
-                layers, lr=args.rate, weight_decay=args.decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+    return [
+        torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=cuda),
+        torch.optim.Muon(
+            layers, lr=args.rate, weight_decay=args.decay, adjust_lr_fn="match_rms_adamw"
+        ),
+    ]
 
 
 def train(model, windows, args) -> dict:
@@ -818,6 +681,16 @@ def write_card(out: Path, report: dict) -> None:
     (out / "README.md").write_text(card.format(**values))
 
 
+def answers_to(questions: list[dict], phrases: dict[str, dict], seed: int) -> list[str]:
+    """Questions that no page asks, answered in controlled English."""
+    rng = random.Random(seed)
+    return [
+        f"Question: {x['question']}\nAnswer: "
+        f"{frames.answer(x['question'], phrases[x['topic']], of_others(x['question']), rng)}{END}"
+        for x in questions
+    ]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -825,70 +698,50 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", default=str(ROOT / "assets/pretraining")), add("--out", required=True)
     add("--dialogues", default=str(ROOT / "assets/sample_dialogues.jsonl"))
-    add("--results"), add("--state"), add("--cache"), add("--seed", type=int, default=0)
+    add("--results"), add("--state"), add("--seed", type=int, default=0)
     add("--width", type=int, default=320), add("--layers", type=int, default=7)
     add("--heads", type=int, default=5), add("--vocab", type=int, default=6144)
-    add("--tokens", type=float, default=80e6), add("--passes", type=int, default=1)
-    add("--batch", type=int, default=64), add("--rate", type=float, default=2e-3)
-    add("--minutes", type=float, default=6.0), add("--steps", type=int)
+    add("--pages", type=int, default=1_500_000), add("--passes", type=int, default=1)
+    add("--batch", type=int, default=256), add("--rate", type=float, default=3e-3)
+    add("--minutes", type=float, default=4.5), add("--steps", type=int)
     for share in fields(Shares):
         add(f"--share-{share.name}", type=float, default=share.default)
     add("--passages", type=int, default=30_000), add("--dropout", type=float, default=0.1)
-    add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=4.0)
-    add("--anchor", type=float, default=-13.0), add("--sink", type=float, default=0.0)
-    add("--decay", type=float, default=0.1), add("--muon", action="store_true")
-    add("--more", action="store_true"), add("--single", action="store_true")
-    add("--calm", action="store_true"), add("--plain", type=float, default=1.0)
+    add("--z-loss", type=float, default=1e-3), add("--height", type=float, default=3.0)
+    add("--anchor", type=float, default=-13.0), add("--decay", type=float, default=0.1)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    text = load_text(Path(args.text), Path(args.dialogues), args.more, args.calm)
-    if args.single:  # paragraphs: a line break then ends an answer, and nothing else
-        text.passages = [p | {"s": p["s"].split("\n")[0]} for p in text.passages]
+    text = load_text(Path(args.text), Path(args.dialogues))
     text.passages = plainest(text.passages, args.passages)
-    text.answers = plainest_answers(text.answers, args.plain)
-    for pieces in (text.passages, text.answers):
+    for pieces in (text.passages, text.questions):
         random.Random(args.seed).shuffle(pieces)
     n_held = max(1, len(text.passages) // 50)
-    held, n_unseen = text.passages[:n_held], max(1, len(text.answers) // 50)
-    unseen, text.answers = text.answers[:n_unseen], text.answers[n_unseen:]
+    held, n_unseen = text.passages[:n_held], max(1, len(text.questions) // 50)
+    unseen, text.questions = text.questions[:n_unseen], text.questions[n_unseen:]
     shares = Shares(*(getattr(args, f"share_{share.name}") for share in fields(Shares)))
-    pages = Pages(replace(text, passages=text.passages[n_held:]), args.seed, shares)
-    cache = Path(args.cache) if args.cache else None
-    made = {k: v for k, v in vars(args).items() if k.startswith("share_") or k in COMPOSED}
-    if cache and cache.exists():
-        kept = torch.load(lzma.open(cache) if cache.suffix == ".xz" else cache, weights_only=True)
-        unlike = [k for k, v in made.items() if kept["made"].get(k) != v]
-        if unlike:
-            raise SystemExit(f"{cache} has pages of another {', '.join(unlike)}: name a new file")
-        tokenizer = Tokenizer.from_str(kept["tokenizer"])
-        windows, held_windows = kept["windows"], kept["held_windows"]
-    else:
-        tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
-        windows = encode(tokenizer, pages, int(args.tokens))
-        held_pages = Pages(replace(text, passages=held), args.seed + 1, shares)
-        held_windows = encode(tokenizer, held_pages, min(300_000, int(args.tokens) // 4))
-        if cache:
-            kept = {"made": made, "tokenizer": tokenizer.to_str(), "windows": windows}
-            torch.save(kept | {"held_windows": held_windows}, cache)
+    held_text = replace(text, passages=held)
+    text.passages = text.passages[n_held:]
+    pages = Pages(text, args.seed, shares)
+    tokenizer = train_tokenizer([pages.page() for _ in range(6000)], args.vocab)
+    lots, first = max(1, args.pages // LOT), 1_000_000 * args.seed
+    windows = encode(tokenizer, text, shares, range(first, first + lots))
+    held_windows = encode(tokenizer, held_text, shares, range(first + lots, first + lots + 2))
     model = build_model(args, tokenizer.get_vocab_size())
     report = train(model, windows, args)
-    with torch.no_grad():  # all logits at once: no probability changes, only the penalty's weight
-        model.transformer.ln_f.bias[0] -= 8 * args.sink
     shards = save(copy.deepcopy(model), tokenizer, Path(args.out))  # before the slow scoring
     report |= {"parameters": sum(p.numel() for p in model.parameters())}
     report |= {
+        "tokens": windows.numel(),
         "train_loss": evaluate(model, windows[: len(held_windows)]),
         "held_out_loss": evaluate(model, held_windows),
     }
     report["logsumexp"] = heights(model, held_windows[:32])
     for name, texts in {
         "unseen_passages_loss": [p["s"] + END for p in held[:500]],
-        "unseen_answers_loss": [
-            f"Question: {x['question']}\nAnswer: {x['answer']}\n\n" for x in unseen
-        ],
+        "unseen_answers_loss": answers_to(unseen, text.phrases, args.seed),
     }.items():
         ids = [i for row in tokenizer.encode_batch(texts) for i in row.ids]
         full = torch.tensor(ids[: len(ids) // WINDOW * WINDOW], dtype=torch.int16)
@@ -901,7 +754,8 @@ def main() -> None:
     report |= {
         "facts": sum(len(x["facts"]) for x in text.facts),
         "prose": len(text.prose),
-        "answers": len(text.answers),
+        "questions": len(text.questions),
+        "phrases": sum(len(some) for x in text.phrases.values() for some in list(x.values())[2:]),
     }
     report |= {
         "passages": len(text.passages),

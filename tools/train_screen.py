@@ -4,14 +4,16 @@
 
 Logistic regression over `helpers.safety.features`: runs of words and characters, concepts, and
 what the rules find. Trained on text of our own alone: assets/screen_text.tsv, the seen cases, the
-sample questions, the questions of assets/pretraining, and the examples of the rules. The threshold
-is chosen by cross-validation on the first of these. Held-out sets of seen cases are counted beside
-it, but flatter: text was written after they had been read. The unseen cases choose nothing.
+sample questions, some questions of assets/pretraining, and the examples of the rules. The
+threshold is chosen by cross-validation on the first of these. Held-out sets of seen cases are
+counted beside it, but flatter: text was written after they had been read. The unseen cases choose
+nothing.
 """
 
 import copy
 import csv
 import json
+import lzma
 import random
 import re
 import sys
@@ -81,11 +83,11 @@ def lengthen(table: Sequence[dict[str, str]]) -> Rows:
 
 
 def read_questions() -> Rows:
-    """Ordinary questions about well-being: the sample's, and those the tiny model learned from."""
+    """Ordinary questions about well-being: the sample's, and some of the tiny model's text."""
     lines = SAMPLE.read_text().splitlines()[:CRISIS_ROWS]
     asked = [json.loads(line)["text"].split("<ASSISTANT>:")[0][8:].strip() for line in lines]
-    for path in sorted(PRETRAINING.glob("answers_*.jsonl")):
-        asked += [json.loads(line)["question"] for line in path.read_text().splitlines()]
+    with lzma.open(PRETRAINING / "questions_a.jsonl.xz", "rt") as file:
+        asked += [json.loads(line)["question"] for line in file]
     return [(False, text) for text in asked if not re.search("suicid|die|kill|harm", text)]
 
 

@@ -321,8 +321,8 @@ print(f"base with a stop string: {ended} of {len(test)} end before the limit\n"
 # then opens the fold: every row is answered by a model that never saw it. Two more rivals join: the
 # base with three examples in its prompt, and an adapter trained on shuffled answers, which can
 # learn a voice but not what belongs to a question. True answers are measured as well. That was run
-# once, for the tiny Falcon; the next cell reads what it found. `--profile a100` runs it for
-# Falcon-7B.
+# once, for the tiny Falcon, on the article's rows for the one before it; the next cell reads what
+# it found. `--profile a100` runs it for Falcon-7B.
 
 # %%
 from tools.crossval_figures import agreement, each, read, systems_tables, verdict

@@ -265,14 +265,14 @@ print(f"first sentence after {first:.1f} s, all after {time.perf_counter() - beg
 # -->
 # | | Tiny Falcon |
 # | --- | ---: |
-# | Seconds to the first sentence | 0.339 (0.243 to 0.369, n = 5) |
-# | Seconds to the whole answer | 0.877 (0.61 to 1.58, n = 5) |
-# | Seconds from Stop to the end of computing | 0.0195 (0.0151 to 0.0202, n = 5) |
+# | Seconds to the first sentence | 0.535 (0.304 to 0.576, n = 5) |
+# | Seconds to the whole answer | 2.16 (1.29 to 2.37, n = 5) |
+# | Seconds from Stop to the end of computing | 0.0272 (0.0167 to 0.0289, n = 5) |
 # | Messages sent by ten people at once | 100 |
 # | Answers lost | 0 |
 # | Answers that reached somebody else | 0 |
 #
-# Measured on Tiny Falcon: 2 cores of x86_64, no GPU, 2026-11-26, [chat.json](../results/cpu/chat.json).
+# Measured on Tiny Falcon: 2 cores of x86_64, no GPU, 2026-11-28, [chat.json](../results/cpu/chat.json).
 # <!-- end -->
 #
 # ## 6. The page
