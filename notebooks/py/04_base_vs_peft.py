@@ -350,7 +350,7 @@ print("", "Both together", agreement(sample, real), sep="\n")
 # intervals hold the spread over questions, not over other training sets.
 #
 # > **Note.** Fine-tune, prompt or retrieve? To stop after one answer, prompt: a stop string does
-# > it without training, and the adapter without one still invents a turn now and then. For the
+# > it without training; the adapter learned it on one set of the two. For the
 # > right content, retrieve: search ranks the true answer highest, but cannot say what nobody
 # > wrote. For a manner, fine-tune: nothing else lowers the loss of true answers; yet shuffled
 # > answers lower it nearly as far, so most of what is learned is how such answers sound. Measured
@@ -374,8 +374,8 @@ print(memory_table(sample), each(sets, memory_sentence), sep="\n\n")
 # is learning by heart. Below stand the numbers, beside those of the ten folds with an early stop.
 # *Membership* is the chance that the loss alone tells a trained row from another: 0.5 tells
 # nothing, 1 everything. *Words recited* are those that go on truly after the first 20 tokens of an
-# answer. The table's last line is the price elsewhere: how much the loss rose on text like that of
-# pre-training.
+# answer. The table's last line looks elsewhere: how much the loss rose on text like that of
+# pre-training: 116 passes have their price there.
 #
 # ## 8. Claims the article did not test
 # Rank 32, bias, schedule, number of steps, and the three numbers of sampling: the article sets them
