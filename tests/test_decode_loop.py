@@ -68,7 +68,7 @@ def test_texts_are_the_library_s_with_unlike_lengths_ends_and_stop_strings(
     config = draw_some(tokenizer, draws=draws)
     plain = generate_texts(model, tokenizer, PROMPTS, config, batch_size=2)
     assert generate_texts(model, tokenizer, PROMPTS, own(model, config), batch_size=2) == plain
-    stop = plain[1].text[20:24]
+    stop = plain[0].text[-3:]  # the others do not say it, or later
     stopped = generate_texts(model, tokenizer, PROMPTS, config, 0, 2, stop)
     assert len({answer.n_tokens for answer in stopped}) > 1, "nothing was stopped"
     assert generate_texts(model, tokenizer, PROMPTS, own(model, config), 0, 2, stop) == stopped
