@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from helpers.dialogues import load_dialogues, normalise_question, split_rows
 from helpers.profiles import TINY
 from tools.make_tiny_falcon import (
+    ASKING,
     FOOTERS,
     HELPLINE,
     IN_CRISIS,
@@ -67,10 +68,10 @@ def test_no_eight_words_in_a_row_of_a_held_out_answer_stand_in_the_pre_training_
 
 def test_the_text_asks_none_of_the_dialogues_questions_and_each_of_its_own_once() -> None:
     held = {normalise_question(q) for q in load_dialogues(str(DIALOGUES))[0]["question"]}
-    questions = load_text(TEXT, DIALOGUES).questions
-    asked = {normalise_question(line["question"]) for line in questions}
-    assert len(asked) == len(questions) > 25_000 and not held & asked
-    assert {q["topic"] for q in questions} == set(load_text(TEXT, DIALOGUES).phrases)
+    text = load_text(TEXT, DIALOGUES)
+    asked = {normalise_question(line["question"]) for line in text.questions}
+    assert len(asked) == len(text.questions) > 25_000 and not held & asked
+    assert {line["topic"] for line in text.questions} == set(text.phrases)
 
 
 def test_tagged_transcripts_never_end_where_an_answer_does() -> None:
@@ -83,13 +84,14 @@ def test_tagged_transcripts_never_end_where_an_answer_does() -> None:
 
 
 def test_most_untagged_pages_end_with_an_answer() -> None:
-    """So the end belongs to untagged questions; what fine-tuning has to bring over is a manner."""
+    """So the end belongs to other marks; what fine-tuning has to bring over is a manner."""
     text = load_text(TEXT, DIALOGUES)
-    only = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=1))
-    marks = tuple(mark for pair in MARKS for mark in pair)
-    found = [only.page() for _ in range(60)]
-    asked = [sum(line.startswith(marks[::2]) for line in page.split("\n")) for page in found]
-    assert {1, 2, 3} <= set(asked) and not [page for page in found if "<HUMAN>" in page]
+    only = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=1, tags=0.4))
+    tags, words = [f"<{word}>: " for word in ASKING], [pair[0] for pair in MARKS]
+    found = [only.page() for _ in range(200)]
+    asked = [sum(line.startswith((*words, *tags)) for line in page.split("\n")) for page in found]
+    assert set(asked) == {1, 2, 3} and not re.search("<HUMAN>|<ASSISTANT>", "".join(found))
+    assert 60 <= sum(page.startswith(tuple(tags)) for page in found) <= 100  # two in five
     assert not [page for page in found if page.split("\n\n")[-1].startswith(ENDINGS)]
     longer = Pages(text, 1, Shares(transcripts=0, magazines=0, articles=0, brief=0))
     assert longer.page().split("\n\n")[-1].startswith(ENDINGS)

@@ -50,6 +50,9 @@ def test_of_three_phrases_the_one_that_the_question_names_is_likeliest() -> None
     topic = TOPIC | {"do": ["rest", "go outside", "call a friend"]}
     said = frames.fill("{do}.", topic, set(), frozenset({"outside"}), random.Random(2))
     assert said == "Go outside."
+    answered = {"call outside"}
+    said = frames.fill("{do}.", topic, answered, frozenset({"outside", "call"}), random.Random(2))
+    assert said == "Rest."  # the others would say the same words again
 
 
 def test_nothing_that_shares_words_with_a_dialogue_is_composed() -> None:
@@ -71,6 +74,22 @@ def test_an_answer_is_never_short_though_its_topic_lacks_phrases() -> None:
             assert 3 <= said.count(".") <= 6, said
 
 
+def test_a_composed_answer_is_good_and_a_broken_or_strange_one_is_not() -> None:
+    other = TOPIC | {"of": "grief", "true": ["grief takes time"], "signs": ["deep sadness"]}
+    own, known = frames.patterns([TOPIC]), frames.patterns([TOPIC, other])
+    rng = random.Random(4)
+    for question in ("What is stress?", "I am stressed. What can I do?", "My son is stressed."):
+        said = frames.answer(question, TOPIC, "son" in question, rng)
+        found = frames.grade(said, own, known)
+        assert found.good and found.on_topic == found.sentences and not found.repeats, said
+    strange = frames.grade("Grief takes time. Deep sadness may point to grief.", own, known)
+    assert (strange.known, strange.on_topic, strange.good) == (2, 0, False)
+    broken = frames.grade("It helps to rest. Stress is common. The a of. So it is.", own, known)
+    assert (broken.sentences, broken.known, broken.good) == (4, 2, False)
+    twice = "It helps to go outside. You can go outside and rest. Stress is common."
+    assert frames.grade(twice, own, known).repeats
+
+
 def test_the_committed_phrases_are_whole() -> None:
     """Short, without a full stop, each topic with what every kind of answer needs."""
     text = (ROOT / "assets/pretraining/phrases.jsonl").read_text()
@@ -79,7 +98,7 @@ def test_the_committed_phrases_are_whole() -> None:
     for topic in topics:
         assert topic["of"] and set(TOPIC) == set(topic)
         for kind in ("is", "to", "things", "do", "others", "helpers", "worse", "true"):
-            assert len(topic[kind]) >= 3, (topic["topic"], kind)
+            assert len(topic[kind]) >= (2 if kind == "is" else 3), (topic["topic"], kind)
             assert all(p.isascii() and p[-1] not in ".,;" for p in topic[kind])
         for kind in ("to", "do", "others"):  # after "It helps to"
             assert not [p for p in topic[kind] if re.match("do not|don't|never|to |please", p)]

@@ -3,12 +3,14 @@
 A model of nine million parameters cannot learn free English from a few megabytes: what it has read
 it knows by heart, and fine-tuning on other sentences breaks it. Frames and phrases make millions of
 sentences that follow few rules, so that it learns the rules. `tools/make_tiny_falcon.py` composes
-its untagged pages so (`--share-framed`).
+the answers of its untagged pages so.
 """
 
 import itertools
 import random
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 FRAMES = {  # a word in braces is a phrase of that kind; modal verbs, since phrases may be plural
@@ -79,7 +81,7 @@ def words_of(text: str) -> frozenset[str]:
 def sentence(
     kind: str, phrases: dict, said: set[str], asked: frozenset[str], rng: random.Random
 ) -> str:
-    """One sentence of this kind; no frame and no phrase twice, likelier what the question names.
+    """One sentence of this kind; no frame and no phrase twice.
 
     Returns:
         The sentence, or "" if the topic has no more phrases of this kind.
@@ -88,10 +90,10 @@ def sentence(
         >>> topic = {"of": "stress", "do": ["rest"], "to": ["calm down"]}
         >>> said = set()
         >>> sentence("helps", topic, said, frozenset(), random.Random(1)), sorted(said)
-        ('If you want to calm down, rest.', ['If you want to {to}, {do}.', 'rest'])
+        ('If you want to calm down, rest.', ['If you want to {to}, {do}.', 'calm down', 'rest'])
     """
     for frame in rng.sample(FRAMES[kind], len(FRAMES[kind])):
-        used = {frame, *said}
+        used = said | {frame}
         if frame not in said and (text := fill(frame, phrases, used, asked, rng)):
             said |= used
             return text
@@ -101,7 +103,11 @@ def sentence(
 def fill(
     frame: str, phrases: dict, said: set[str], asked: frozenset[str], rng: random.Random
 ) -> str:
-    """The frame with phrases for its braces, put into `said`; "" if they do not suffice."""
+    """The frame with phrases for its braces, put into `said`; "" if they do not suffice.
+
+    Of three phrases the one that answers most of the question's words not yet answered, and has
+    the fewest words that were said before: no walk in the morning after a walk with a friend.
+    """
     out = frame
     for name in re.findall(r"{(\w+)}", frame):
         if name == "of":
@@ -111,9 +117,11 @@ def fill(
             if not left:
                 return ""
             some = rng.sample(left, min(3, len(left)))
-            phrase = max(some, key=lambda p: len(words_of(p) & asked))
-            if name != "to":
-                said.add(phrase)
+            spoken = frozenset().union(*(words_of(p) for p in said if "{" not in p))
+            phrase = max(
+                some, key=lambda p: len(words_of(p) & asked - spoken) - len(words_of(p) & spoken)
+            )
+            said.add(phrase)
         out = out.replace("{" + name + "}", phrase, 1)
     return out[0].upper() + out[1:]
 
@@ -154,3 +162,65 @@ def answer(question: str, phrases: dict, of_others: bool, rng: random.Random) ->
         return list(itertools.islice(filter(None, made), most))
 
     return " ".join(some([*body, *spare], max(3, len(body))) + some(end, len(end)))
+
+
+def patterns(topics: Iterable[dict]) -> list[re.Pattern[str]]:
+    """What matches the sentences that the frames make of these topics' phrases, a group a phrase.
+
+    Example:
+        >>> stress = {"of": "stress", "is": ["pressure"]}
+        >>> found = [p.fullmatch("By stress people mean pressure.") for p in patterns([stress])]
+        >>> [match.groups() for match in found if match]
+        [('stress', 'pressure')]
+    """
+    heard: dict[str, set[str]] = {}
+    for topic in topics:
+        for name, some in topic.items():
+            heard.setdefault(name, set()).update([some] if isinstance(some, str) else some)
+    either = {
+        name: "(" + "|".join(sorted(map(re.escape, some), key=len, reverse=True)) + ")"
+        for name, some in heard.items()
+        if some
+    }
+    return [
+        re.compile("".join(either.get(part[1:-1], re.escape(part)) for part in parts), re.I)
+        for frame in itertools.chain(*FRAMES.values())
+        for parts in [re.split(r"({\w+})", frame)]
+    ]
+
+
+@dataclass
+class Grade:
+    """An answer's sentences, how many of them the frames make, and whether a phrase comes twice."""
+
+    sentences: int
+    on_topic: int  # of its topic's own phrases
+    known: int  # of any topic's
+    repeats: bool
+
+    @property
+    def good(self) -> bool:
+        """All sentences but one are known, all but two, and at least two, are on the topic."""
+        enough = max(2, self.sentences - 2)
+        return self.known >= self.sentences - 1 and self.on_topic >= enough
+
+
+def grade(answer: str, own: Sequence[re.Pattern[str]], known: Sequence[re.Pattern[str]]) -> Grade:
+    """Read an answer by the patterns of its topic and of all topics: stricter than a reader.
+
+    Example:
+        >>> own = patterns([{"of": "stress", "is": ["pressure"], "true": ["stress passes"]}])
+        >>> said = "By stress people mean pressure. Stress passes. Stress passes. It is blue."
+        >>> grade(said, own, own), grade(said, own, own).good
+        (Grade(sentences=4, on_topic=3, known=3, repeats=True), True)
+    """
+
+    def match(sentence: str, some: Sequence[re.Pattern[str]]) -> re.Match[str] | None:
+        return next(filter(None, (pattern.fullmatch(sentence) for pattern in some)), None)
+
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", answer.strip()) if s]
+    on_topic = [match(sentence, own) for sentence in sentences]
+    found = [m or match(s, known) for m, s in zip(on_topic, sentences, strict=True)]
+    phrases = [group.lower() for m in found if m for group in m.groups() if " " in group]
+    counts = (len(sentences), sum(map(bool, on_topic)), sum(map(bool, found)))
+    return Grade(*counts, repeats=len(set(phrases)) < len(phrases))

@@ -6,8 +6,7 @@ One command, one GPU, under 8 minutes:
 
 `--minutes` bounds the training time: if it will not do, the schedule is shortened once the pace is
 known. `--state FILE` keeps a resumable state, so that a shorter lease can be used in pieces. All
-cores compose the pages. On a CPU `--minutes 1 --pages 2000` makes a model for
-tests only.
+cores compose the pages. On a CPU `--minutes 1 --pages 2000` makes a model for tests only.
 """
 
 import argparse
@@ -43,7 +42,7 @@ SPECIAL = [
 END = SPECIAL[-1]
 WINDOW = 512
 Pull = tuple[float, float]  # weight of the z-loss, and the height it pulls to
-FOOTERS = (  # every page ends in one: no page ends where an answer does
+FOOTERS = (  # every page ends in one but the brief ones, which end with an answer
     "Read next: {t}",
     "Filed under: {t}",
     "More pages: {t}, {u}",
@@ -81,8 +80,19 @@ MARKS = (  # how the web writes a question and its answer; the two tags are a ma
     ("* ", "> "),
     ("[question] ", "[answer] "),
     ("<Q>: ", "<A>: "),
-    ("<READER>: ", "<EDITOR>: "),
+    ("HUMAN: ", "ASSISTANT: "),
+    ("Human: ", "Assistant: "),
+    ("<human>: ", "<assistant>: "),
+    ("[HUMAN] ", "[ASSISTANT] "),
 )
+ASKING = (  # words of other tags: only these two, so written, mark a transcript that runs on
+    "READER GUEST USER PERSON VISITOR CALLER CLIENT STUDENT FRIEND SOMEONE NEIGHBOUR PATIENT PARENT"
+    " MEMBER WORKER LISTENER WRITER YOU MAN WOMAN"
+).split()
+ANSWERING = (
+    "EDITOR HELPER ADVISER GUIDE NURSE TEACHER EXPERT HOST DESK SERVICE COACH COUNSELLOR BOT AGENT"
+    " LIBRARY WE TEAM DOCTOR ANSWERER SPEAKER"
+).split()
 REWORDED = (  # other ways to ask the same thing
     (r"How (?:can|do) I (.+)\?", ("How do I {0}?", "How can I {0}?", "What can I do to {0}?")),
     (r"How (?:can|do) I (.+)\?", ("What is a good way to {0}?", "I want to {0}. How can I do it?")),
@@ -169,15 +179,17 @@ def of_others(question: str) -> bool:
 class Shares:
     """How much of each kind of page, and of each kind of turn in a transcript.
 
-    The rest of the pages are questions and answers without tags, in the dialogues' manner.
+    The rest of the pages are questions and answers without the dialogues' two tags, but in their
+    manner: fine-tuning then has only to learn that those two mean the same as all others.
     """
 
-    transcripts: float = 0.13  # tagged turns that run on
+    transcripts: float = 0.13  # turns with the two tags, that run on
     magazines: float = 0.06
     articles: float = 0.03
-    facts: float = 0.2  # of the tagged turns; passages answer the others
+    facts: float = 0.5  # of the tagged turns; passages answer the others
     prose: float = 0.03  # of the tagged turns
     stories: float = 0.3  # prose, among the pieces of a magazine
+    tags: float = 0.5  # of the untagged pages: marked with tags of other words
     brief: float = 0.9  # of the untagged pages: one to three questions, and they end with an answer
 
 
@@ -243,10 +255,8 @@ class Pages:
         kind, shares = self.rng.random(), self.shares
         if line is not None or kind < shares.facts:
             line = line or self.rng.choice(self.facts)
-            question, answer = (
-                reword(self.rng.choice(line["questions"]), self.rng),
-                self.answer(line),
-            )
+            question = reword(self.rng.choice(line["questions"]), self.rng)
+            answer = self.answer(line)
         elif self.prose and kind < shares.facts + shares.prose:
             piece = self.rng.choice(self.prose)
             question = self.rng.choice(ASK_FOR_PROSE).format(t=piece["topic"])
@@ -284,6 +294,8 @@ class Pages:
         """Questions and answers without the two tags: the manner fine-tuning will bring out."""
         rng = self.rng
         q, a = rng.choice(MARKS)
+        if rng.random() < self.shares.tags:
+            q, a = f"<{rng.choice(ASKING)}>: ", f"<{rng.choice(ANSWERING)}>: "
         self.ended = rng.random() < self.shares.brief
         n = rng.randint(1, 3) if self.ended else rng.randint(3, 7)
         gap = rng.choice(("\n", "\n\n"))
@@ -681,6 +693,13 @@ def write_card(out: Path, report: dict) -> None:
     (out / "README.md").write_text(card.format(**values))
 
 
+def set_aside(questions: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """One question in fifty that no page will ask, and the others."""
+    mixed = random.Random(seed).sample(questions, len(questions))
+    n_unseen = max(1, len(mixed) // 50)
+    return mixed[:n_unseen], mixed[n_unseen:]
+
+
 def answers_to(questions: list[dict], phrases: dict[str, dict], seed: int) -> list[str]:
     """Questions that no page asks, answered in controlled English."""
     rng = random.Random(seed)
@@ -701,7 +720,7 @@ def parse() -> argparse.Namespace:
     add("--results"), add("--state"), add("--seed", type=int, default=0)
     add("--width", type=int, default=320), add("--layers", type=int, default=7)
     add("--heads", type=int, default=5), add("--vocab", type=int, default=6144)
-    add("--pages", type=int, default=1_500_000), add("--passes", type=int, default=1)
+    add("--pages", type=int, default=1_400_000), add("--passes", type=int, default=1)
     add("--batch", type=int, default=256), add("--rate", type=float, default=3e-3)
     add("--minutes", type=float, default=4.5), add("--steps", type=int)
     for share in fields(Shares):
@@ -716,11 +735,10 @@ def main() -> None:
     args = parse()
     text = load_text(Path(args.text), Path(args.dialogues))
     text.passages = plainest(text.passages, args.passages)
-    for pieces in (text.passages, text.questions):
-        random.Random(args.seed).shuffle(pieces)
+    random.Random(args.seed).shuffle(text.passages)
     n_held = max(1, len(text.passages) // 50)
-    held, n_unseen = text.passages[:n_held], max(1, len(text.questions) // 50)
-    unseen, text.questions = text.questions[:n_unseen], text.questions[n_unseen:]
+    held = text.passages[:n_held]
+    unseen, text.questions = set_aside(text.questions, args.seed)
     shares = Shares(*(getattr(args, f"share_{share.name}") for share in fields(Shares)))
     held_text = replace(text, passages=held)
     text.passages = text.passages[n_held:]

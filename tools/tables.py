@@ -131,13 +131,27 @@ def render(spec: str, root: Path, up: str) -> str:
     for (title, _), m, d in zip(columns, found, data, strict=True):
         file = m["file"] if m else ""
         link = f"[{Path(file).name}]({up}{file})"
-        origin = f"{d['machine']}, {d['date']}, {link}" if d else MISSING
+        origin = f"{measured(m, d)}, {link}" if d else MISSING
         sources.setdefault(origin, []).append(title)
     whole = len(sources) == 1 and len(columns) > 1 and MISSING not in sources
     said = [o if whole else f"{', '.join(titles)}: {o}" for o, titles in sources.items()]
     guess = any(m and m["file"].startswith("results/predicted/") for m in found)
     word = "Where from: " if guess else "Measured on "
     return "\n".join([*lines, "", word + "; ".join(said) + "."])
+
+
+def measured(spot: re.Match[str], data: dict[str, Any]) -> str:
+    """Machine and date of a column: its part's own, if the file's parts were measured apart.
+
+    Example:
+        >>> file = {"machine": "a; b", "date": "2026-02-02", "old": {"date": "2026-01-01"}}
+        >>> measured(SPOT.fullmatch("x.json#old.loss"), file)
+        'a; b, 2026-01-01'
+    """
+    part = data.get((spot["key"] or "").split(".")[0], {})
+    own = part if isinstance(part, dict) and "date" in part else {}
+    machines = "; ".join(own.get("machines", ())) or data["machine"]
+    return f"{machines}, {own.get('date', data['date'])}"
 
 
 def cell(spot: re.Match[str] | None, data: Any, key: str) -> str:
