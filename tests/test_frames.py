@@ -4,8 +4,10 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-from tools import frames
+from helpers.generation import Generation
+from tools import frames, try_base
 from tools.make_tiny_falcon import Pages, Shares, Text, ngrams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ def test_every_sentence_follows_a_frame_and_says_no_phrase_twice() -> None:
         said = frames.answer(question, TOPIC, False, rng)
         for sentence in re.split(r"(?<=\.) ", said):
             assert any(s.fullmatch(sentence) for s in shapes), sentence
-        for phrase in TOPIC["do"] + TOPIC["things"] + TOPIC["signs"]:
+        for phrase in TOPIC["do"] + TOPIC["things"] + TOPIC["signs"] + TOPIC["to"]:
             assert said.lower().count(phrase) <= 1
 
 
@@ -48,11 +50,11 @@ def test_the_question_decides_what_kind_of_answer_comes() -> None:
 
 def test_of_three_phrases_the_one_that_the_question_names_is_likeliest() -> None:
     topic = TOPIC | {"do": ["rest", "go outside", "call a friend"]}
-    said = frames.fill("{do}.", topic, set(), frozenset({"outside"}), random.Random(2))
-    assert said == "Go outside."
-    answered = {"call outside"}
-    said = frames.fill("{do}.", topic, answered, frozenset({"outside", "call"}), random.Random(2))
-    assert said == "Rest."  # the others would say the same words again
+    for seed in range(20):  # three phrases: all are looked at
+        rng, asked = random.Random(seed), frozenset({"outside"})
+        assert frames.fill("{do}.", topic, set(), asked, rng) == "Go outside."
+        # answered already, and the other says a word again
+        assert frames.fill("{do}.", topic, {"outside", "call"}, asked, rng) == "Rest."
 
 
 def test_nothing_that_shares_words_with_a_dialogue_is_composed() -> None:
@@ -86,8 +88,38 @@ def test_a_composed_answer_is_good_and_a_broken_or_strange_one_is_not() -> None:
     assert (strange.known, strange.on_topic, strange.good) == (2, 0, False)
     broken = frames.grade("It helps to rest. Stress is common. The a of. So it is.", own, known)
     assert (broken.sentences, broken.known, broken.good) == (4, 2, False)
-    twice = "It helps to go outside. You can go outside and rest. Stress is common."
+    twice = "It helps to rest. You can go outside and rest. Stress is common."
     assert frames.grade(twice, own, known).repeats
+
+
+def test_the_topic_and_who_can_help_may_come_twice() -> None:
+    own = frames.patterns([TOPIC | {"of": "long stress"}])
+    said = "Too much work can lead to long stress. Poor sleep may point to long stress. "
+    said += "Your doctor can help you to calm down. Ask your doctor for advice when you need it."
+    assert frames.grade(said, own, own) == frames.Grade(4, 4, 4, repeats=False)
+
+
+def test_a_base_is_graded_by_answers_to_questions_that_no_page_asks(monkeypatch) -> None:
+    piece = {"topic": "stress", "question": "What is stress?"}
+    text = Text([], [], [piece] * 150, [], {"stress": TOPIC})
+    said = [
+        ("By stress people mean pressure. Stress is common.", True),
+        ("By stress people mean pressure. Stress is common.\n<HUMAN>: So?", False),
+        ("It is all a delicate balance.", True),
+    ]  # fmt: skip
+    asked = []
+    monkeypatch.setattr(try_base, "load_text", lambda *_: text)
+    monkeypatch.setattr(try_base, "sampling", lambda tokenizer: None)
+    monkeypatch.setattr(
+        try_base,
+        "generate_texts",
+        lambda model, tokenizer, prompts, config: (
+            asked.extend(prompts) or [Generation(words, end, 9) for words, end in said]
+        ),
+    )
+    line = try_base.graded(SimpleNamespace(model=None, tokenizer=None), 99)
+    assert asked == ["<HUMAN>: What is stress?\n<ASSISTANT>:"] * 3  # one question in fifty
+    assert line == "of 3: 67% stop, 33% are good, 0% repeat a phrase"
 
 
 def test_the_committed_phrases_are_whole() -> None:
@@ -98,7 +130,7 @@ def test_the_committed_phrases_are_whole() -> None:
     for topic in topics:
         assert topic["of"] and set(TOPIC) == set(topic)
         for kind in ("is", "to", "things", "do", "others", "helpers", "worse", "true"):
-            assert len(topic[kind]) >= (2 if kind == "is" else 3), (topic["topic"], kind)
+            assert len(topic[kind]) >= 3, (topic["topic"], kind)
             assert all(p.isascii() and p[-1] not in ".,;" for p in topic[kind])
         for kind in ("to", "do", "others"):  # after "It helps to"
             assert not [p for p in topic[kind] if re.match("do not|don't|never|to |please", p)]

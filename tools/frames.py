@@ -165,20 +165,22 @@ def answer(question: str, phrases: dict, of_others: bool, rng: random.Random) ->
 
 
 def patterns(topics: Iterable[dict]) -> list[re.Pattern[str]]:
-    """What matches the sentences that the frames make of these topics' phrases, a group a phrase.
+    """What matches the sentences that the frames make of these topics' phrases.
+
+    Each phrase is a group, but the topic and the helpers are none: they may come again.
 
     Example:
         >>> stress = {"of": "stress", "is": ["pressure"]}
         >>> found = [p.fullmatch("By stress people mean pressure.") for p in patterns([stress])]
         >>> [match.groups() for match in found if match]
-        [('stress', 'pressure')]
+        [('pressure',)]
     """
     heard: dict[str, set[str]] = {}
     for topic in topics:
         for name, some in topic.items():
             heard.setdefault(name, set()).update([some] if isinstance(some, str) else some)
     either = {
-        name: "(" + "|".join(sorted(map(re.escape, some), key=len, reverse=True)) + ")"
+        name: ("(?:" if name in ("of", "helpers") else "(") + "|".join(map(re.escape, some)) + ")"
         for name, some in heard.items()
         if some
     }
@@ -221,6 +223,6 @@ def grade(answer: str, own: Sequence[re.Pattern[str]], known: Sequence[re.Patter
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", answer.strip()) if s]
     on_topic = [match(sentence, own) for sentence in sentences]
     found = [m or match(s, known) for m, s in zip(on_topic, sentences, strict=True)]
-    phrases = [group.lower() for m in found if m for group in m.groups() if " " in group]
+    phrases = [group.lower() for m in found if m for group in m.groups()]
     counts = (len(sentences), sum(map(bool, on_topic)), sum(map(bool, found)))
     return Grade(*counts, repeats=len(set(phrases)) < len(phrases))

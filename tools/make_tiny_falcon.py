@@ -85,7 +85,7 @@ MARKS = (  # how the web writes a question and its answer; the two tags are a ma
     ("<human>: ", "<assistant>: "),
     ("[HUMAN] ", "[ASSISTANT] "),
 )
-ASKING = (  # words of other tags: only these two, so written, mark a transcript that runs on
+ASKING = (  # words of other tags; <HUMAN> and <ASSISTANT> alone mark a transcript that runs on
     "READER GUEST USER PERSON VISITOR CALLER CLIENT STUDENT FRIEND SOMEONE NEIGHBOUR PATIENT PARENT"
     " MEMBER WORKER LISTENER WRITER YOU MAN WOMAN"
 ).split()

@@ -144,9 +144,10 @@ def measured(spot: re.Match[str], data: dict[str, Any]) -> str:
     """Machine and date of a column: its part's own, if the file's parts were measured apart.
 
     Example:
-        >>> file = {"machine": "a; b", "date": "2026-02-02", "old": {"date": "2026-01-01"}}
-        >>> measured(SPOT.fullmatch("x.json#old.loss"), file)
-        'a; b, 2026-01-01'
+        >>> old = {"machines": ["A", "B"], "date": "2026-01-01"}
+        >>> file = {"machine": "B; C", "date": "2026-02-02", "old": old, "new": {}}
+        >>> [measured(SPOT.fullmatch(f"x.json#{part}.loss"), file) for part in ("old", "new")]
+        ['A; B, 2026-01-01', 'B; C, 2026-02-02']
     """
     part = data.get((spot["key"] or "").split(".")[0], {})
     own = part if isinstance(part, dict) and "date" in part else {}

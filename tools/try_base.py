@@ -47,9 +47,9 @@ def graded(trained: Trained, n: int) -> str:
     prompts = [format_prompt(piece["question"]) for piece in asked]
     said = generate_texts(trained.model, trained.tokenizer, prompts, sampling(trained.tokenizer))
     known = patterns(text.phrases.values())
-    own = {topic: patterns([phrases]) for topic, phrases in text.phrases.items()}
+    own = {piece["topic"]: patterns([text.phrases[piece["topic"]]]) for piece in asked}
     grades = [
-        grade(answer.text.split("\n")[0], own[piece["topic"]], known)
+        grade(answer.text, own[piece["topic"]], known)
         for answer, piece in zip(said, asked, strict=True)
     ]
     share = {
@@ -57,7 +57,9 @@ def graded(trained: Trained, n: int) -> str:
         "are good": sum(g.good and a.finished for g, a in zip(grades, said, strict=True)),
         "repeat a phrase": sum(g.repeats for g in grades),
     }
-    return f"of {n}: " + ", ".join(f"{count / n:.0%} {what}" for what, count in share.items())
+    return f"of {len(asked)}: " + ", ".join(
+        f"{k / len(asked):.0%} {what}" for what, k in share.items()
+    )
 
 
 def main() -> None:
